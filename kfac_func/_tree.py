@@ -1,0 +1,177 @@
+"""Pytrees: the only importer of optree, and the only place that flattens.
+
+optree and torch.func disagree (optree sorts dictionary keys, torch.func keeps insertion order; None is an empty node in
+one and a leaf in the other), so a tree flattened in one world must never be unflattened in the other. Everything in the
+house goes through these functions. Here a None anywhere in the first tree stands for "nothing here" and stays None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+
+from kfac_func._errors import TreeMismatchError, explain
+from kfac_func._typing import PyTree
+
+T = TypeVar("T")
+
+
+class Static(Generic[T]):
+    """A tree node without leaves that carries a hashable value (rules, layouts) through vmap, compile and tree maps."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: T):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(("Static", self.value))
+
+    def __repr__(self) -> str:
+        return f"Static({self.value!r})"
+
+
+optree.register_pytree_node(
+    Static, lambda node: ((), node, ()), lambda node, _: node, namespace=optree.registry.__GLOBAL_NAMESPACE
+)
+torch_pytree.register_pytree_node(Static, lambda node: ([], node), lambda _, node: node)
+
+
+class Leaf(NamedTuple):
+    """One leaf of a tree with the dotted path that names it in messages."""
+
+    path: str
+    value: Any
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves of a tree, without the None ones."""
+    return optree.tree_leaves(tree)
+
+
+def leaves_with_paths(tree: PyTree) -> list[Leaf]:
+    """The leaves of a tree with their dotted paths (dict keys, field names, indices), without the None ones."""
+    accessors, values, _ = optree.tree_flatten_with_accessor(tree)
+    return [Leaf(_dotted(accessor), value) for accessor, value in zip(accessors, values, strict=True)]
+
+
+def _dotted(accessor: Any) -> str:
+    return ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+
+
+def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Map `fn` over the leaves of `tree` and the matching subtrees of `rest`; a None leaf of `tree` stays None.
+
+    Dictionary keys are matched by name, in any order. A leaf of `rest` may be None: `fn` sees it.
+    Raises TreeMismatchError, naming the first path that differs, when a tree of `rest` has another structure.
+    """
+    values, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    others = [_flatten_like(spec, tree, other) for other in rest]
+    return spec.unflatten(
+        [None if value is None else fn(value, *more) for value, *more in zip(values, *others, strict=True)]
+    )
+
+
+def _flatten_like(spec: Any, tree: PyTree, other: PyTree) -> list[Any]:
+    try:
+        return spec.flatten_up_to(other)
+    except (ValueError, TypeError) as error:
+        raise TreeMismatchError(mismatch(tree, other)) from error
+
+
+def mismatch(tree: PyTree, other: PyTree) -> str:
+    """Say where two trees differ first: a path that only one of them has."""
+    wanted, got = ({leaf.path: None for leaf in leaves_with_paths(t)} for t in (tree, other))
+    missing = [path for path in wanted if path not in got]
+    extra = [path for path in got if path not in wanted]
+    return explain(
+        "two trees that must have the same structure differ.",
+        missing=", ".join(map(repr, missing[:5])) or None,
+        unexpected=", ".join(map(repr, extra[:5])) or None,
+        wanted=f"{len(wanted)} leaves" if missing or extra else type(tree).__name__,
+        got=f"{len(got)} leaves" if missing or extra else type(other).__name__,
+        options="build both trees from the same parameters (same containers, same keys, same lengths)",
+    )
+
+
+def replace_leaves(tree: PyTree, new: dict[str, Any]) -> PyTree:
+    """The same tree with the leaves at the dotted paths of `new` replaced, the others kept as they are.
+
+    Raises TreeMismatchError when `new` names a path that the tree does not have, or two leaves share one path.
+    """
+    accessors, values, spec = optree.tree_flatten_with_accessor(tree)
+    paths = [_dotted(accessor) for accessor in accessors]
+    unknown = set(new) - set(paths)
+    if unknown:
+        raise TreeMismatchError(
+            explain(
+                "a tree lacks leaves that it must have.",
+                missing=", ".join(map(repr, sorted(unknown))),
+                got=", ".join(map(repr, paths[:20])) or "an empty tree",
+                options="pass the tree that has the structure of the parameters",
+            )
+        )
+    return spec.unflatten([new.get(path, value) for path, value in zip(paths, values, strict=True)])
+
+
+def unique_paths(tree: PyTree) -> dict[str, Any]:
+    """The leaves by dotted path. Raises TreeMismatchError when two leaves have the same path ({'a.b'} and {'a': {'b'}})."""
+    found: dict[str, Any] = {}
+    for path, value in leaves_with_paths(tree):
+        if path in found:
+            raise TreeMismatchError(
+                explain(
+                    f"two leaves have the same path {path!r}.",
+                    why="blocks are named by path, so a path must name one leaf",
+                    options="rename one of the keys",
+                )
+            )
+        found[path] = value
+    return found
+
+
+def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]:
+    """Concatenate all leaves to one vector [P]; the second value takes such a vector back to the tree.
+
+    `unravel` restores shapes and dtypes, so that `unravel(ravel(tree)[0])` equals the tree (None stays None).
+    Mixed dtypes are promoted in the vector. Raises TreeMismatchError when a vector of another length is unravelled.
+    """
+    values, spec = optree.tree_flatten(tree)
+    shapes = [value.shape for value in values]
+    dtypes = [value.dtype for value in values]
+    sizes = [value.numel() for value in values]
+    vector = torch.cat([value.reshape(-1) for value in values]) if values else torch.zeros(0)
+
+    def unravel(flat: torch.Tensor) -> PyTree:
+        if flat.shape != vector.shape:
+            raise TreeMismatchError(
+                explain("a vector does not fit the tree.", got=list(flat.shape), wanted=list(vector.shape))
+            )
+        parts = flat.split(sizes)
+        return spec.unflatten(
+            [part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, shapes, dtypes, strict=True)]
+        )
+
+    return vector, unravel
+
+
+def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:
+    """The tree with other leaves, in the order of `leaves(tree)`."""
+    return optree.tree_structure(tree).unflatten(values)
+
+
+def map_nodes(fn: Callable[[Any], Any], tree: PyTree, kind: type) -> PyTree:
+    """Replace every node of the given type, leaving everything else as it is."""
+    return optree.tree_map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
+
+
+def nodes(tree: PyTree, kind: type[T]) -> list[T]:
+    """Every node of the given type."""
+    return [x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]

@@ -1,0 +1,107 @@
+"""The waist: what layer kinds promise and what curvature structures may ask, and nothing else.
+
+    layer kinds ──►  block uses: inputs a, output gradients g  ──► curvature structures
+
+A *block* is one weight with its optional bias. Every place where the model reads the weight is a *use*. A use carries the raw layer
+input and the gradients [V, *output] of V output vectors; its `Kind` knows how to turn both into rows. Notation of the whole house:
+
+    W̄ = [W | b]          [o, i + 1]   the block as a matrix (the homogeneous 1 is last); grouped layers have a leading [q]
+    a, g                  rows of one example at one shared position; S positions per use, T of all uses of a block, N examples
+    V_n = Σ_s g[n,s] ā[n,s]ᵀ           the gradient of example n
+    A = 1/(N T) Σ ā āᵀ     G = 1/(N T) Σ g gᵀ     F ≈ T · (G ⊗ A)
+
+The numbers N and T are decided in `estimators/statistics.py` and arrive here as `Block.examples` and `Block.positions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+class Diagonal(NamedTuple):
+    """A symmetric matrix that is diagonal: its diagonal [..., d]."""
+
+    values: Tensor
+
+
+Factor = Tensor | Diagonal
+
+
+class Layout(NamedTuple):
+    """How the parameter leaves of a block form the array V that structures see. Hashable.
+
+    A matrix block is V [o, i(+1)], or [q, o, i(+1)] when grouped; `order` permutes the weight's dimensions to (q, o, i) order.
+    A vector block (scale and shift, or an unclaimed leaf) is V [p], its leaves flattened one after the other.
+    """
+
+    name: str  # the tree path of the weight
+    kind: str
+    weight: str | None  # None: a bias alone, i.e. a layer whose only input is the constant 1
+    bias: str | None
+    shape: tuple[int, ...]  # of the weight leaf (of the bias leaf when there is no weight)
+    order: tuple[int, ...] = ()
+    groups: int = 1
+    outputs: int = 0  # o per group; p for a vector block
+    matrix: bool = True
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The tree paths of the block's parameters, weight first."""
+        return tuple(path for path in (self.weight, self.bias) if path is not None)
+
+
+class Where(NamedTuple):
+    """Where a use keeps the examples: dimension `dim` has `fold` consecutive entries per example; None: not at all."""
+
+    dim: int
+    fold: int
+
+
+class Kind(NamedTuple):
+    """The rules of a layer kind. Every function takes arrays with the examples in the first dimension (after V, for g).
+
+    rows(x, options) -> [B, S, (q), i]              the inputs, without the homogeneous 1
+    output_rows(g, options) -> [V, B, S, (q), o]    the output gradients
+    gradient(x, g, options) -> [(q), o, i] or [p]   Σ over all examples for one output vector (matrix kinds: without the bias)
+    moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ
+    per_example(x, g, options) -> [V, B, p]         vector kinds only: the gradients V_n of scale and shift
+
+    A vector kind has `rows`, `output_rows`, `moment` None; a matrix kind has `per_example` None.
+    """
+
+    name: str
+    gradient: Callable[..., Tensor]
+    rows: Callable[..., Tensor] | None = None
+    output_rows: Callable[..., Tensor] | None = None
+    moment: Callable[..., Factor] | None = None
+    per_example: Callable[..., Tensor] | None = None
+
+
+class UseRule(NamedTuple):
+    """What is static about one use. `transposed`: the use sees the transpose of the block's matrix (tied embedding and head)."""
+
+    kind: Kind
+    options: tuple
+    where: Where | None
+    positions: int  # S, shared positions of one example
+    transposed: bool = False
+
+
+class Use(NamedTuple):
+    """One use: the layer's input and the gradients [V, *output] (None: no output vectors, `forward_only`)."""
+
+    inputs: Tensor
+    grads: Tensor | None
+    rule: UseRule
+
+
+class Block(NamedTuple):
+    """All uses of one block in one batch, with the normalisation N and T and the sharing setting."""
+
+    layout: Layout
+    uses: tuple[Use, ...]
+    examples: int  # N
+    positions: int  # T, over all uses
+    sharing: str = "expand"

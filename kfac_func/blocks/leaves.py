@@ -1,0 +1,47 @@
+"""From parameter leaves to the array V of a block, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_func._errors import TreeMismatchError, explain
+from kfac_func.blocks.base import Layout
+
+
+def pack(layout: Layout, leaves: dict[str, Tensor]) -> Tensor:
+    """The block's array V from its leaves: [W | b], or the flattened leaves of a vector block."""
+    for path in layout.leaves:
+        if path not in leaves:
+            raise TreeMismatchError(
+                explain(
+                    f"the tree has no leaf {path!r}, which block {layout.name!r} needs.",
+                    got=", ".join(map(repr, list(leaves)[:20])),
+                    options="pass gradients with the structure of the parameters that the statistics were taken on",
+                )
+            )
+    if not layout.matrix:
+        return torch.cat([leaves[path].reshape(-1) for path in layout.leaves])
+    lead = (layout.groups, layout.outputs) if layout.groups > 1 else (layout.outputs,)
+    parts = []
+    if layout.weight is not None:
+        parts.append(leaves[layout.weight].permute(layout.order).reshape(*lead, -1))
+    if layout.bias is not None:
+        parts.append(leaves[layout.bias].reshape(*lead, 1))
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+
+def unpack(layout: Layout, v: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The inverse of `pack`: leaves with their own shapes, sharing no storage with each other."""
+    if not layout.matrix:
+        sizes = [shapes[path].numel() for path in layout.leaves]
+        return {p: part.reshape(shapes[p]).clone() for p, part in zip(layout.leaves, v.split(sizes), strict=True)}
+    found = {}
+    if layout.weight is not None:
+        columns = v.shape[-1] - (layout.bias is not None)
+        permuted = [layout.shape[d] for d in layout.order]
+        inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
+        found[layout.weight] = v[..., :columns].reshape(permuted).permute(inverse).contiguous()
+    if layout.bias is not None:
+        found[layout.bias] = v[..., -1].reshape(shapes[layout.bias]).clone()
+    return found

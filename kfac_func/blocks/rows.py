@@ -1,0 +1,55 @@
+"""The rows of a use: inputs [B, S, (q), i] and output gradients [V, B, S, (q), o], one per example and shared position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_func.blocks.base import Use, Where
+
+
+def examples_first(x: Tensor, where: Where | None, lead: int = 0) -> Tensor:
+    return x.unsqueeze(lead) if where is None else x.movedim(lead + where.dim, lead)
+
+
+def _unfold_examples(rows: Tensor, where: Where | None, lead: int = 0) -> Tensor:
+    """[B·f, S, ...] -> [B, f·S, ...] where one example owns f consecutive entries."""
+    if where is None or where.fold == 1:
+        return rows
+    split = rows.unflatten(lead, (-1, where.fold))
+    return split.flatten(lead + 1, lead + 2)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """Second moments of half-precision rows are taken in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def input_rows(use: Use, sharing: str) -> Tensor:
+    """The inputs of a use as rows [B, S, (q), i], without the homogeneous 1; S = 1 (their mean) for sharing "reduce"."""
+    rule = use.rule
+    assert rule.kind.rows is not None
+    rows = rule.kind.rows(examples_first(use.inputs, rule.where), rule.options)
+    rows = _precise(_unfold_examples(rows, rule.where))
+    return rows.mean(dim=1, keepdim=True) if sharing == "reduce" else rows
+
+
+def output_rows(use: Use, sharing: str) -> Tensor:
+    """The output gradients of a use as rows [V, B, S, (q), o]; S = 1 (their sum) for sharing "reduce"."""
+    rule = use.rule
+    assert rule.kind.output_rows is not None and use.grads is not None
+    rows = rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options)
+    rows = _precise(_unfold_examples(rows, rule.where, lead=1))
+    return rows.sum(dim=2, keepdim=True) if sharing == "reduce" else rows
+
+
+def with_constant(rows: Tensor, bias: bool) -> Tensor:
+    """Append the homogeneous 1 to input rows."""
+    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) if bias else rows
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """Σ over all leading dimensions of row rowᵀ: [..., (q), d] -> [(q), d, d], `rows` given as [K, d] or [K, q, d]."""
+    if rows.ndim == 2:
+        return rows.mT @ rows
+    return torch.einsum("kqi,kqj->qij", rows, rows)

@@ -1,0 +1,91 @@
+"""Run a model on its plan: one forward pass, the layer inputs, and a pullback to every tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import BatchError, PlanMismatchError, explain
+from kfac_func._typing import Model, PyTree
+from kfac_func.capture.plan import Plan, TapRule, batch_size
+from kfac_func.capture.tape import Watch, tap
+from kfac_func.layers import Found
+
+
+class Record(NamedTuple):
+    """outputs [N, ...], the inputs of every tap, and `pullback(c) -> (gradients at the taps, gradients of unclaimed leaves)`."""
+
+    outputs: Tensor
+    inputs: tuple[Tensor, ...]
+    pullback: Callable[[Tensor], tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+    examples: int
+    rest: dict[str, Tensor]  # the unclaimed leaves
+
+
+def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
+    """One forward pass of `fn` with taps at all uses of the plan.
+
+    Raises PlanMismatchError when the model does something else than the plan says, BatchError for an empty batch or outputs that
+    do not have the examples in the first dimension.
+    """
+    count = batch_size(inputs)
+    leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
+    claimed = {path: leaf for path, leaf in leaves.items() if path in plan.claimed}
+    rest = {path: leaves[path] for path, _ in plan.unclaimed}
+    probes = tuple(_probe(rule, count) for rule in plan.taps)
+
+    def taped(probes: tuple[Tensor, ...], rest: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def at(index: int, found: Found) -> Tensor:
+            _check(plan, index, found, probes)
+            return tap(found.output, probes[index])
+
+        watch = Watch(claimed, at)
+        with watch:
+            outputs = fn(_tree.replace_leaves(params, rest) if rest else params, inputs)
+        if len(watch.found) != len(plan.taps):
+            raise _mismatch(f"{len(watch.found)} uses", f"{len(plan.taps)} uses")
+        return outputs, tuple(found.inputs for found in watch.found)
+
+    outputs, pullback, recorded = torch.func.vjp(taped, probes, rest, has_aux=True)
+    if outputs.ndim == 0 or outputs.shape[0] != count:
+        raise BatchError(
+            explain(
+                "the model's outputs do not have the examples in the first dimension.",
+                got=f"outputs {list(outputs.shape)} for {count} examples",
+                options="return [N, positions, classes] instead of rows that mix examples and positions",
+            )
+        )
+    return Record(outputs, recorded, pullback, count, rest)
+
+
+def _probe(rule: TapRule, count: int) -> Tensor:
+    shape = list(rule.shape)
+    if rule.where is not None:
+        shape[rule.where.dim] = count * rule.where.fold
+    return torch.zeros((), dtype=rule.dtype, device=rule.device).expand(shape)
+
+
+def _check(plan: Plan, index: int, found: Found, probes: tuple[Tensor, ...]) -> None:
+    if index >= len(plan.taps):
+        raise _mismatch(f"a use more, {found.kind.name}", f"{len(plan.taps)} uses")
+    rule, own = plan.taps[index], found.weight or found.bias
+    assert own is not None
+    got, wanted = (own.path, found.kind.name, found.output.shape), (rule.path, rule.kind, probes[index].shape)
+    if got != wanted:
+        raise _mismatch(*(f"{kind} with {path!r} giving {list(shape)}" for path, kind, shape in (got, wanted)))
+
+
+def _mismatch(got: str, wanted: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        explain(
+            "the model does not follow its plan.",
+            got=got,
+            wanted=wanted,
+            why="its control flow depends on values, or the plan was made for other inputs",
+            options="make a new plan for these inputs (leave `plan` out and one is made)",
+        )
+    )

@@ -1,0 +1,53 @@
+r"""No curvature: the gradient as it is, in the same place of a chain.
+
+    F = I (undamped on purpose), v = V
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func.blocks import Block
+from kfac_func.curvature.base import Structure
+
+
+class IdentityState(NamedTuple):
+    """The number of parameters of the block, as a 0-dim tensor."""
+
+    size: Tensor
+
+
+def identity() -> Structure:
+    """Leave every block as it is, whatever the damping: the baseline, and the choice for blocks that should not be preconditioned.
+
+        >>> v = torch.ones(2, 3)
+        >>> kf.curvature.identity().solve((), v) is v
+        True
+    """
+
+    def measure(block: Block) -> IdentityState:
+        return IdentityState(torch.tensor(float(_size(block))))
+
+    def factorize(state: IdentityState, damping: Tensor, split: str) -> tuple[()]:
+        del state, damping, split
+        return ()
+
+    def solve(factored: tuple[()], v: Tensor) -> Tensor:
+        del factored
+        return v
+
+    def dense(state: IdentityState) -> Tensor:
+        return torch.eye(int(state.size))
+
+    return Structure("identity", measure, factorize, solve, dense)
+
+
+def _size(block: Block) -> int:
+    layout = block.layout
+    if not layout.matrix:
+        return layout.outputs
+    weight = torch.Size(layout.shape).numel() if layout.weight is not None else 0
+    return weight + (layout.groups * layout.outputs if layout.bias is not None else 0)

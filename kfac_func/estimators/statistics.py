@@ -1,0 +1,275 @@
+r"""Loss, gradient and curvature statistics of a batch in one forward pass; the only place that decides normalisation.
+
+    L = (1/N) Σ_n l_n  ("mean", "batchmean")   or   L = Σ_n l_n  ("sum"),        F = ∂²-like curvature of that same L
+
+    c    vectors of every example's own loss, times √N for "sum", because F of a sum is N times that of the mean
+    g    = ∂(cᵀ z_n)/∂s: the pullback of c, without any 1/N
+    N    examples: the first dimension of the inputs and outputs
+    T    positions: the sum of S over all uses of a block ("expand"), the number of its uses ("reduce")
+
+A loss that averages over d outputs has its 1/d inside Λ and c already, because c belongs to that same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import HyperparameterError, PlanMismatchError, explain
+from kfac_func._tree import Static
+from kfac_func._typing import Model, PyTree
+from kfac_func.blocks import Block, Layout, Use, UseRule, gradient, unpack
+from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
+from kfac_func.estimators.vectors import Estimator, monte_carlo
+from kfac_func.layers import unstructured
+from kfac_func.losses import Loss
+
+Sharing = Literal["expand", "reduce"]
+
+
+class StatsRules(NamedTuple):
+    """What is static about statistics."""
+
+    plan: Plan
+    layouts: tuple[Layout, ...]  # of the plan's blocks, then of the unclaimed leaves with the policy "diagonal"
+    examples: int
+    sharing: Sharing
+
+
+class Stats(NamedTuple):
+    """What a batch says about curvature: tensors only at the leaves.
+
+    inputs   the layer input of every tap                grads   [V, *output] of every tap, or None (no output vectors)
+    rest     [V, *shape], the gradients of unclaimed leaves summed over the examples
+    moments  already measured moments, when `measure` was given (then the three above are empty)
+    """
+
+    inputs: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...] | None
+    rest: dict[str, Tensor]
+    moments: Any
+    rules: Static[StatsRules]
+
+    def blocks(self) -> dict[str, Block]:
+        """The waist: every block of the batch, by the path of its weight."""
+        plan, layouts, examples, sharing = self.rules.value
+        found = {}
+        for layout, uses in plan.blocks:
+            mine = tuple(Use(self.inputs[k], None if self.grads is None else self.grads[k], rule) for k, rule in uses)
+            positions = sum(use.rule.positions for use in mine) if sharing == "expand" else len(mine)
+            found[layout.name] = Block(layout, mine, examples, positions, sharing)
+        for layout in layouts[len(plan.blocks) :]:
+            grads = self.rest[layout.name]
+            use = Use(grads[:1], None if self.grads is None else grads, UseRule(unstructured, (), None, 1))
+            found[layout.name] = Block(layout, (use,), examples, 1, sharing)
+        return found
+
+
+def _layouts(plan: Plan, rest: dict[str, Tensor]) -> tuple[Layout, ...]:
+    unclaimed = (
+        Layout(path, "unstructured", path, None, tuple(rest[path].shape), outputs=rest[path].numel(), matrix=False)
+        for path, policy in plan.unclaimed
+        if policy == "diagonal"
+    )
+    return (*(block.layout for block in plan.blocks), *unclaimed)
+
+
+Step = Callable[..., tuple[Tensor, PyTree, Stats | None]]
+
+
+def value_grad_and_stats(
+    fn: Model,
+    loss: Loss,
+    *,
+    estimator: Estimator | None = None,
+    sharing: Sharing = "expand",
+    strict: bool = True,
+    unclaimed: Unclaimed | None = None,
+    measure: Callable[[dict[str, Block]], Any] | None = None,
+) -> Step:
+    r"""Make `step(params, (inputs, targets)) -> (value, grads, stats)`: ONE forward pass for all three.
+
+    fn         pure function (params, inputs) -> outputs [N, *out]; examples are in the first dimension of inputs and outputs
+    loss       from `kf.losses`; `value` is its value, `grads` the gradient of that value, a tree like `params`
+    estimator  where output vectors come from; default `monte_carlo()`, one draw from the model per example
+    sharing    "expand": every shared position (token, pixel) is a row. "reduce": inputs are averaged and gradients summed over positions
+    strict     raise UncapturedParameterError when a parameter is used where no layer kind can see it
+    unclaimed  "diagonal" or "identity" for such parameters, for all or by path pattern, e.g. {"head.*": "diagonal"}
+    measure    reduce the statistics to a curvature's moments at once (`blockwise(kronecker()).measure`): with
+               `exact(chunk_size)` only one chunk of vectors is ever held
+
+    The step takes further:
+
+    generator  a torch.Generator for estimators that draw; the global generator is never touched. Same seed, same statistics
+    noise      the uniform noise in [0, 1) itself, in place of a generator (under vmap and torch.compile)
+    plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by two runs on one and two examples
+    stats      False: value and gradient alone, by plain differentiation, and None
+
+    Weight gradients of captured layers are computed from (a, g), not by autograd; they are the same numbers. Nothing is mutated.
+    A use shared by all examples (a position embedding of `arange(T)`) and diagonals of unclaimed leaves need vectors of mean zero: for
+    `exact` and `empirical` every example's vectors then get a random sign, which leaves all other statistics as they are.
+    Raises the errors of `make_plan`, BatchError, TargetError; HyperparameterError when a draw has neither generator nor noise.
+    Source: Martens & Grosse 2015 (1503.05671); expand and reduce: Eschenhagen et al. 2023 (2311.00636).
+
+        >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
+        >>> step = kf.value_grad_and_stats(fn, kf.losses.mse())
+        >>> batch = torch.ones(5, 3), torch.zeros(5, 2)
+        >>> value, grads, stats = step(params, batch, generator=torch.Generator().manual_seed(0))
+        >>> grads["weight"].shape, stats.grads[0].shape
+        (torch.Size([2, 3]), torch.Size([1, 5, 2]))
+    """
+    if sharing not in ("expand", "reduce"):
+        raise HyperparameterError(explain("unknown sharing.", got=repr(sharing), wanted="'expand' or 'reduce'"))
+    source = monte_carlo() if estimator is None else estimator
+    plans: dict[Any, Plan] = {}
+
+    def planned(params: PyTree, inputs: Any) -> Plan:
+        key = _signature(params, inputs)
+        if key not in plans:
+            plans[key] = make_plan(fn, params, inputs, strict=strict, unclaimed=unclaimed)
+        return plans[key]
+
+    def step(
+        params: PyTree,
+        batch: tuple[Any, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        plan: Plan | None = None,
+        stats: bool = True,
+    ) -> tuple[Tensor, PyTree, Stats | None]:
+        inputs, targets = batch
+        if not stats:
+            return *_value_and_grad(fn, loss, params, inputs, targets), None
+        plan = planned(params, inputs) if plan is None else plan
+        run = record(fn, plan, params, inputs)
+        cotangent, value = torch.func.grad_and_value(loss.value)(run.outputs, targets)
+        own, rest = run.pullback(cotangent)
+        grads = _gradients(plan, run, own, rest, params)
+        rules = Static(StatsRules(plan, _layouts(plan, run.rest), run.examples, sharing))
+        chunks = _chunks(source, loss, run, targets, (own, rest), generator, noise, plan)
+        if measure is not None:
+            return value, grads, _measured(measure, chunks, source.chunks(loss, run.outputs), run, rules)
+        return value, grads, _gathered(list(chunks), run, rules)
+
+    return step
+
+
+class Chunk(NamedTuple):
+    """The pulled-back vectors of one chunk."""
+
+    taps: tuple[Tensor, ...]
+    rest: dict[str, Tensor]
+
+
+def _value_and_grad(fn: Model, loss: Loss, params: PyTree, inputs: Any, targets: Tensor) -> tuple[Tensor, PyTree]:
+    batch_size(inputs)
+
+    def total(leaves: list[Tensor]) -> Tensor:
+        return loss.value(fn(_tree.with_leaves(params, leaves), inputs), targets)
+
+    grads, value = torch.func.grad_and_value(total)(_tree.leaves(params))
+    return value, _tree.with_leaves(params, grads)
+
+
+def _gradients(plan: Plan, run: Record, own: tuple[Tensor, ...], rest: dict[str, Tensor], params: PyTree) -> PyTree:
+    """The gradient of the loss: claimed leaves from (a, g), unclaimed ones from autograd, unused ones zero."""
+    leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    found = dict(rest) | {path: torch.zeros_like(leaves[path]) for path in plan.unused}
+    for layout, uses in plan.blocks:
+        v = gradient(layout, tuple(Use(run.inputs[k], own[k].unsqueeze(0), rule) for k, rule in uses))
+        found |= unpack(layout, v, shapes)
+    return _tree.with_leaves(params, [found[path].to(leaf.dtype) for path, leaf in leaves.items()])
+
+
+def _chunks(
+    source: Estimator,
+    loss: Loss,
+    run: Record,
+    targets: Tensor,
+    own: tuple[tuple[Tensor, ...], dict[str, Tensor]],
+    generator: torch.Generator | None,
+    noise: Tensor | None,
+    plan: Plan,
+) -> Iterator[Chunk]:
+    z, n = run.outputs, run.examples
+    total = n**0.5 if loss.reduction == "sum" else 1.0  # F of a sum is N times that of the mean
+    flip = plan.shared and not source.zero_mean
+    if source.own and not flip:
+        scale = total if loss.reduction == "sum" else n  # from ∂L/∂z to the gradient of every example's own loss
+        taps, rest = own
+        yield Chunk(tuple((scale * g).unsqueeze(0) for g in taps), {p: (scale * g).unsqueeze(0) for p, g in rest.items()})
+        return
+    shape = source.noise(loss, z)
+    if shape is not None and noise is None:
+        noise = _uniform(shape, z, generator, source.name)
+    if shape is not None and noise is not None and tuple(noise.shape) != tuple(shape):
+        raise HyperparameterError(explain("the noise has the wrong shape.", got=list(noise.shape), wanted=list(shape)))
+    signs: Tensor | float = 1.0
+    if flip:
+        u = _uniform((n,), z, generator, f"{source.name} with shared uses or unclaimed diagonals")
+        signs = torch.where(u < 0.5, -1.0, 1.0).to(z.dtype).reshape(n, *[1] * (z.ndim - 1))
+    for c in source.vectors(loss, z, targets, noise):
+        c = (c * (signs * total)).to(z.dtype)
+        if c.shape[0] == 1:
+            taps, rest = run.pullback(c[0])
+            yield Chunk(tuple(g.unsqueeze(0) for g in taps), {p: g.unsqueeze(0) for p, g in rest.items()})
+        else:
+            yield Chunk(*torch.func.vmap(run.pullback)(c))
+
+
+def _uniform(shape: tuple[int, ...], z: Tensor, generator: torch.Generator | None, name: str) -> Tensor:
+    if generator is None:
+        raise HyperparameterError(
+            explain(
+                f"the estimator {name} draws random numbers and got no generator.",
+                why="the global generator is never touched",
+                options="step(..., generator=torch.Generator(device).manual_seed(0)); or noise= where it draws from a given array",
+            )
+        )
+    return torch.rand(shape, generator=generator, device=generator.device).to(z.device)
+
+
+def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> Stats:
+    plan = rules.value.plan
+    diagonal = [path for path, policy in plan.unclaimed if policy == "diagonal"]
+    if not chunks:
+        none = {path: run.rest[path].new_zeros(0, *run.rest[path].shape) for path in diagonal}
+        return Stats(run.inputs, None, none, None, rules)
+    taps = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*(c.taps for c in chunks), strict=True))
+    rest = {path: torch.cat([chunk.rest[path] for chunk in chunks]) for path in diagonal}
+    return Stats(run.inputs, taps, rest, None, rules)
+
+
+def _measured(
+    measure: Callable[..., Any], chunks: Iterator[Chunk], k: int, run: Record, rules: Static[StatsRules]
+) -> Stats:
+    """Moments are means, so k chunks whose vectors are scaled by √k average to the moments of all vectors."""
+    if k == 0:
+        return Stats((), None, {}, measure(_gathered([], run, rules).blocks()), rules)
+    moments = None
+    for chunk in chunks:
+        larger = Chunk(tuple(k**0.5 * g for g in chunk.taps), {path: k**0.5 * g for path, g in chunk.rest.items()})
+        part = measure(_gathered([larger], run, rules).blocks())
+        part = _tree.tree_map(lambda m: m / k, part)
+        moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
+    return Stats((), None, {}, moments, rules)
+
+
+def _signature(params: PyTree, inputs: Any) -> Any:
+    """What a plan depends on: everything but the batch size."""
+    count = batch_size(inputs)
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        batched = leaf.ndim > 0 and leaf.shape[0] == count
+        return tuple(leaf.shape[1:] if batched else leaf.shape), batched, leaf.dtype, leaf.device
+
+    own = tuple((path, tuple(leaf.shape), leaf.dtype, leaf.device) for path, leaf in _tree.unique_paths(params).items())
+    return own, tuple(of(leaf) for leaf in _tree.leaves(inputs))

@@ -1,0 +1,18 @@
+"""Layer kinds: how each kind of layer reaches the waist. A new kind is a file and a line here."""
+
+from kfac_func.layers import conv, einsum, embedding, linear, normalization
+from kfac_func.layers.base import Call as Call
+from kfac_func.layers.base import Found as Found
+from kfac_func.layers.base import Handler as Handler
+from kfac_func.layers.base import Ref as Ref
+from kfac_func.layers.lone import bias as bias
+from kfac_func.layers.lone import unstructured as unstructured
+
+handlers: dict[object, Handler] = {
+    **linear.handlers,
+    **conv.handlers,
+    **embedding.handlers,
+    **normalization.handlers,
+    **einsum.handlers,
+}
+"""The torch functions that a kind recognises."""

@@ -1,0 +1,116 @@
+"""What a layer kind hands to the tape, and the rules that several kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func._errors import CaptureError, explain
+from kfac_func.blocks import Factor, Kind, second_moment
+
+
+class Ref(NamedTuple):
+    """A parameter leaf seen through a view: the tensor at hand is `leaf.permute(order)`."""
+
+    path: str
+    shape: tuple[int, ...]  # of the leaf
+    order: tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """One torch call inside the model. `ref` says which parameter a value is, if it is one."""
+
+    func: Callable[..., Any]
+    args: tuple
+    kwargs: dict
+    ref: Callable[[Any], Ref | None]
+
+    def run(self) -> Any:
+        """The call itself."""
+        return self.func(*self.args, **self.kwargs)
+
+    def bind(self, *names: str, **defaults: Any) -> list[Any]:
+        """The arguments in the order of `names`; missing ones from `defaults`."""
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        return [given.get(name, defaults.get(name)) for name in names]
+
+
+class Found(NamedTuple):
+    """A recognised use. `inputs` and `output` are in the kind's own form; `restore` gives back what the call returns."""
+
+    kind: Kind
+    options: tuple
+    weight: Ref | None
+    bias: Ref | None
+    inputs: Tensor
+    output: Tensor
+    positions: int  # rows of this call: examples x shared positions
+    order: tuple[int, ...] = ()
+    groups: int = 1
+    outputs: int = 0
+    restore: Callable[[Tensor], Tensor] | None = None
+    bias_shape: tuple[int, ...] | None = None  # the shape of a bias that may be added to the result right after
+
+
+Handler = Callable[[Call], Found | None]
+
+
+def refuse(path: str, op: str, got: str, why: str, options: str) -> CaptureError:
+    """The error for a use that a kind recognises but cannot represent exactly."""
+    return CaptureError(
+        explain(f"parameter {path!r} is used by {op} in a way that cannot be captured exactly.", got=got, why=why, options=options)
+    )
+
+
+def ref_of(call: Call, value: Any) -> Ref | None:
+    """The parameter that `value` is, if it is a whole, unpermuted leaf."""
+    ref = call.ref(value)
+    return ref if ref is not None and ref.order == tuple(range(len(ref.shape))) else None
+
+
+def border(moment: Tensor, first: Tensor, count: int) -> Tensor:
+    """The moment of [a; 1] from Σ a aᵀ, Σ a and the number of rows; group dimensions in front."""
+    corner = torch.full_like(first[..., :1], count)
+    top = torch.cat([moment, first.unsqueeze(-1)], dim=-1)
+    return torch.cat([top, torch.cat([first, corner], dim=-1).unsqueeze(-2)], dim=-2)
+
+
+def moment_of_rows(rows: Tensor, bias: bool) -> Tensor:
+    """Σ ā āᵀ of rows [K, i] or [K, q, i], without ever appending the ones."""
+    rows = rows.float() if rows.itemsize < 4 else rows
+    moment = second_moment(rows)
+    return border(moment, rows.sum(dim=0), rows.shape[0]) if bias else moment
+
+
+# ------------------------------------------------------------------ dense: inputs [B, ..., (q), i], outputs [B, ..., (q), o]
+
+
+def _dense_rows(x: Tensor, options: tuple) -> Tensor:
+    (grouped,) = options
+    tail = 2 if grouped else 1
+    return x.unsqueeze(1) if x.ndim == tail + 1 else x.flatten(1, -tail - 1)
+
+
+def _dense_output_rows(g: Tensor, options: tuple) -> Tensor:
+    (grouped,) = options
+    tail = 2 if grouped else 1
+    return g.unsqueeze(2) if g.ndim == tail + 2 else g.flatten(2, -tail - 1)
+
+
+def _dense_gradient(x: Tensor, g: Tensor, options: tuple) -> Tensor:
+    (grouped,) = options
+    if grouped:
+        return torch.einsum("kqo,kqi->qoi", g.flatten(0, -3), x.flatten(0, -3))
+    return g.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
+def _dense_moment(x: Tensor, options: tuple, bias: bool) -> Factor:
+    (grouped,) = options
+    return moment_of_rows(x.flatten(0, -3 if grouped else -2), bias)
+
+
+dense = Kind("dense", _dense_gradient, _dense_rows, _dense_output_rows, _dense_moment)
+"""A contraction of the last dimension; `options` = (grouped,)."""

@@ -1,0 +1,86 @@
+"""Embeddings: a linear layer on one-hot rows, whose input moment is diagonal (token frequencies).
+
+    y[n, s] = W[token[n, s]]        block V = ∂L/∂Wᵀ  [d, vocabulary]        A = diag(frequency of each token)
+
+Positions that hold `padding_idx` give no gradient; they are left out of the frequencies and of T.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_func.blocks import Diagonal, Factor, Kind
+from kfac_func.layers.base import Call, Found, Handler, refuse
+
+
+def _rows(tokens: Tensor, options: tuple) -> Tensor:
+    size, padding, dtype = options
+    flat = tokens.unsqueeze(1) if tokens.ndim == 1 else tokens.flatten(1)
+    one_hot = flat.unsqueeze(-1) == torch.arange(size, device=tokens.device)
+    if padding is not None:
+        one_hot = one_hot & (flat != padding).unsqueeze(-1)
+    return one_hot.to(dtype)
+
+
+def _output_rows(g: Tensor, options: tuple) -> Tensor:
+    return g.unsqueeze(2) if g.ndim == 3 else g.flatten(2, -2)
+
+
+def _gradient(tokens: Tensor, g: Tensor, options: tuple) -> Tensor:
+    size = options[0]
+    zeros = g.new_zeros(size, g.shape[-1])
+    return zeros.index_add(0, tokens.flatten(), g.flatten(0, -2)).mT
+
+
+def _moment(tokens: Tensor, options: tuple, bias: bool) -> Factor:
+    del bias  # an embedding has none
+    size, padding, dtype = options
+    flat = tokens.flatten()
+    weights = torch.ones(flat.shape, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=flat.device)
+    if padding is not None:
+        kept = (flat != padding).to(weights.dtype)
+        weights = kept * (flat.shape[0] / kept.sum().clamp(min=1))
+    return Diagonal(weights.new_zeros(size).index_add(0, flat, weights))
+
+
+embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment)
+"""`options` = (number of embeddings, padding index or None, dtype)."""
+
+
+def _embedding(call: Call) -> Found | None:
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    tokens, weight, padding, max_norm, _, by_frequency, sparse = call.bind(*names)
+    ref = call.ref(weight)
+    if ref is None or len(ref.shape) != 2:
+        return None
+    for name, value in (("max_norm", max_norm), ("scale_grad_by_freq", by_frequency), ("sparse", sparse)):
+        if value:
+            why = {"max_norm": "it writes into the weight", "sparse": "the gradient would be a sparse tensor"}
+            raise refuse(
+                ref.path,
+                "embedding",
+                f"{name}={value}",
+                why.get(name, "it scales gradients by counts of the batch"),
+                f"build the embedding without {name}",
+            )
+    out = call.run()
+    if padding is not None and padding < 0:
+        padding += weight.shape[0]
+    hidden = None if padding is None or padding < 0 else (tokens == padding).unsqueeze(-1)
+    return Found(
+        kind=embedding,
+        options=(weight.shape[0], None if hidden is None else padding, out.dtype),
+        weight=ref,
+        bias=None,
+        inputs=tokens,
+        output=out,
+        positions=tokens.numel(),
+        order=(ref.order[1], ref.order[0]),
+        outputs=out.shape[-1],
+        restore=None if hidden is None else (lambda y: torch.where(hidden, out, y)),
+    )
+
+
+handlers: dict[object, Handler] = {F.embedding: _embedding}

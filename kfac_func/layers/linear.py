@@ -1,0 +1,30 @@
+"""Linear layers with any leading dimensions: y = x Wᵀ + b."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from kfac_func.layers.base import Call, Found, Handler, dense, ref_of
+
+
+def _linear(call: Call) -> Found | None:
+    x, weight, bias = call.bind("input", "weight", "bias")
+    ref = call.ref(weight)
+    if ref is None or len(ref.shape) != 2:
+        return None
+    out = call.run()
+    return Found(
+        kind=dense._replace(name="linear"),
+        options=(False,),
+        weight=ref,
+        bias=ref_of(call, bias),
+        inputs=x,
+        output=out,
+        positions=out.shape[:-1].numel(),
+        order=ref.order,
+        outputs=out.shape[-1],
+        bias_shape=out.shape[-1:] if bias is None else None,
+    )
+
+
+handlers: dict[object, Handler] = {F.linear: _linear}

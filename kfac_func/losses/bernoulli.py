@@ -1,0 +1,81 @@
+"""Binary cross-entropy of logits, with every option of torch.nn.functional.binary_cross_entropy_with_logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_func._errors import TargetError, explain
+from kfac_func.losses.base import Loss, assemble, check_reduction, check_weight, diagonal_family, outputs_per_example
+
+
+def bce_with_logits(
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Loss:
+    r"""Cross-entropy of independent Bernoulli variables given by their logits.
+
+        term  = −w (π y log p + (1−y) log(1−p)),     p = sigmoid(z)
+        Λ     = diag(s p (1−p)),      s = w (π y + 1 − y)
+        B     = diag √(s p (1−p)),    sampled score = √s (p − y'),  y' = [noise < p]
+
+    Shapes: outputs z [N, …] and targets y in [0, 1] of the same shape (soft targets allowed; the range is not
+    checked). `weight` w ≥ 0 and `pos_weight` π ≥ 0 broadcast to z as in torch, but never enlarge it. Noise and draws
+    have the shape of z.
+
+    Normalisation: "mean" divides by all N·D elements (never by the weights), "batchmean" by N, "sum" by 1.
+
+    Raises HyperparameterError for an option without meaning, TargetError for targets or weights that do not fit,
+    BatchError without examples.      Source: Martens & Grosse 2015 (arXiv 1503.05671), §2.
+
+    >>> import torch
+    >>> loss = bce_with_logits(pos_weight=torch.tensor([3.0]), reduction="batchmean")
+    >>> z, y = torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+    >>> loss.score(z, y).flatten()
+    tensor([-1.5000,  0.5000])
+    >>> loss.hessian(z, y).flatten()
+    tensor([0.7500, 0.2500])
+    """
+    check_reduction(reduction)
+    check_weight("weight", weight)
+    check_weight("pos_weight", pos_weight)
+
+    def option(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
+        if tensor is None:
+            return None
+        missing = z.dim() - tensor.dim()
+        if missing < 0 or any(got not in (1, z.shape[missing + i]) for i, got in enumerate(tensor.shape)):
+            raise TargetError(
+                explain(f"{name} does not broadcast to the outputs.", got=list(tensor.shape), wanted=list(z.shape))
+            )
+        return tensor.to(z.dtype)
+
+    def value(z: Tensor, targets: Tensor) -> Tensor:
+        total = F.binary_cross_entropy_with_logits(
+            z,
+            targets,
+            option("weight", weight, z),
+            pos_weight=option("pos_weight", pos_weight, z),
+            reduction="mean" if reduction == "mean" else "sum",
+        )
+        return total / z.shape[0] if reduction == "batchmean" else total
+
+    def weights(z: Tensor, targets: Tensor) -> Tensor:
+        w, positive = option("weight", weight, z), option("pos_weight", pos_weight, z)
+        y = targets.to(z.dtype)
+        s = torch.ones_like(y) if positive is None else positive * y + 1 - y
+        s = s if w is None else s * w
+        return s / outputs_per_example(z) if reduction == "mean" else s
+
+    def sample(z: Tensor, noise: Tensor) -> Tensor:
+        return (noise < z.sigmoid()).to(z.dtype)
+
+    def residual(z: Tensor, drawn: Tensor) -> Tensor:
+        return z.sigmoid() - drawn
+
+    def deviation(z: Tensor) -> Tensor:
+        return (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp()
+
+    return assemble(diagonal_family(value, weights, sample, residual, deviation), reduction)

@@ -1,0 +1,194 @@
+"""Softmax cross-entropy, with every option of torch.nn.functional.cross_entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_func._errors import HyperparameterError, TargetError, explain
+from kfac_func.losses.base import Family, Loss, assemble, check_outputs, check_reduction, check_weight
+
+_NO_INDEX = -100
+
+
+def cross_entropy(
+    weight: Tensor | None = None,
+    ignore_index: int = _NO_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    class_dim: int = 1,
+) -> Loss:
+    r"""Cross-entropy of a softmax with integer or probability targets.
+
+        term  = −Σ_c w_c q_c log p_c,     p = softmax(z),     q = (1−ε)·target + ε/C
+        Λ     = s (diag(p) − p pᵀ)  per position,       s = Σ_c w_c q_c,  0 where the target is ignored
+        B     = √s (diag(√p) − p √pᵀ),         sampled score = √s (p − onehot(y)),  y ~ p by inverse CDF
+
+    Shapes: outputs z [N, C, d₁, …] (or the classes in dimension `class_dim`: −1 for [N, T, C]); targets either class
+    indices, z's shape without the class dimension, or class probabilities, z's shape. `weight` w [C] is one factor
+    ≥ 0 per class, `label_smoothing` ε is in [0, 1]. A draw is an integer per position.
+
+    Normalisation, as torch's: "mean" divides the sum of terms by Σ w_y over the indices that are not ignored, or by
+    the number of positions for probabilities (whatever their weights); "sum" does not divide; "batchmean" divides by
+    N. When every index is ignored, "mean" is NaN as in torch, and score and curvature are zero. Probabilities are
+    used as they are: they must not be negative, and this is not checked.
+
+    Raises HyperparameterError for an option without meaning, TargetError for targets that do not fit or an
+    `ignore_index` with probability targets, BatchError without examples.
+    Source: Martens & Grosse 2015 (arXiv 1503.05671), §2; square root of the softmax Hessian: the library's
+    mathematics, §1.
+
+    >>> import torch
+    >>> loss = cross_entropy()
+    >>> z, y = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    >>> loss.score(z, y)
+    tensor([[-0.5000,  0.5000],
+            [ 0.5000, -0.5000]])
+    >>> loss.hessian(z, y)[0]
+    tensor([[ 0.2500, -0.2500],
+            [-0.2500,  0.2500]])
+    >>> loss.sample(z, y, torch.tensor([0.2, 0.7]))
+    tensor([0, 1])
+    """
+    check_reduction(reduction)
+    check_weight("weight", weight)
+    _check_options(weight, label_smoothing, class_dim)
+
+    def check(z: Tensor, targets: Tensor) -> None:
+        _check_fit(z, targets, class_dim, ignore_index)
+        if weight is not None and len(weight) != z.shape[class_dim]:
+            raise TargetError(
+                explain(
+                    "the class weights do not fit the outputs.",
+                    got=f"{len(weight)} weights for {z.shape[class_dim]} classes in dimension {class_dim}",
+                    options="class_dim=... when the classes are in another dimension",
+                )
+            )
+
+    def own_weights(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of each target's class, 0 where it is ignored, and where it is ignored."""
+        ignored = indices == ignore_index
+        if weight is None:
+            return (~ignored).to(z.dtype), ignored
+        return weight.to(z.dtype)[indices.long().masked_fill(ignored, 0)].masked_fill(ignored, 0), ignored
+
+    def value(z: Tensor, targets: Tensor) -> Tensor:
+        z, cast = z.movedim(class_dim, 1), None if weight is None else weight.to(z.dtype)
+        kind = "sum" if reduction == "batchmean" else reduction
+        if targets.is_floating_point():
+            total = F.cross_entropy(
+                z, targets.movedim(class_dim, 1), cast, reduction=kind, label_smoothing=label_smoothing
+            )
+        elif label_smoothing == 0.0:
+            total = F.cross_entropy(z, targets.long(), cast, ignore_index=ignore_index, reduction=kind)
+        else:
+            # torch's own smoothing selects by mask and writes in place, which vmap refuses
+            log_p = F.log_softmax(z, 1)
+            total = F.nll_loss(log_p, targets.long(), cast, ignore_index=ignore_index, reduction=kind)
+            own, ignored = own_weights(z, targets)
+            smooth = -_class_sum(log_p, cast, 1).masked_fill(ignored, 0).sum()
+            smooth = smooth / own.sum() if reduction == "mean" else smooth
+            total = (1 - label_smoothing) * total + smooth * (label_smoothing / z.shape[1])
+        return total / z.shape[0] if reduction == "batchmean" else total
+
+    def weights(z: Tensor, targets: Tensor) -> Tensor:
+        classes, cast = z.shape[class_dim], None if weight is None else weight.to(z.dtype)
+        even = (classes if cast is None else cast.sum()) * (label_smoothing / classes)
+        if targets.is_floating_point():
+            s = (1 - label_smoothing) * _class_sum(targets.to(z.dtype), cast, class_dim) + even
+            return (s / math.prod(s.shape[1:]) if reduction == "mean" else s).unsqueeze(class_dim)
+        own, ignored = own_weights(z, targets)
+        s = ((1 - label_smoothing) * own + even).masked_fill(ignored, 0)
+        if reduction == "mean":
+            total = own.sum()
+            s = s * torch.where(total > 0, z.shape[0] / total, 0)
+        return s.unsqueeze(class_dim)
+
+    def noise_shape(z: Tensor) -> tuple[int, ...]:
+        dim = class_dim % z.dim()
+        return (*z.shape[:dim], *z.shape[dim + 1 :])
+
+    def sample(z: Tensor, noise: Tensor) -> Tensor:
+        cdf = z.softmax(class_dim).cumsum(class_dim)
+        # the last value is 1 up to rounding; staying strictly below it never draws a class of probability zero
+        below = cdf.narrow(class_dim, -1, 1) * (1 - torch.finfo(cdf.dtype).eps)
+        return (cdf <= noise.unsqueeze(class_dim) * below).sum(class_dim)
+
+    def residual(z: Tensor, drawn: Tensor) -> Tensor:
+        index = drawn.unsqueeze(class_dim)
+        return z.softmax(class_dim).scatter_add(class_dim, index, -torch.ones_like(index, dtype=z.dtype))
+
+    def root(z: Tensor, e: Tensor) -> Tensor:
+        q = (0.5 * z.log_softmax(class_dim)).exp()
+        along = q * e
+        return along - q * q * along.sum(class_dim, keepdim=True)
+
+    def curve(z: Tensor, v: Tensor) -> Tensor:
+        p = z.softmax(class_dim)
+        along = p * v
+        return along - p * along.sum(class_dim, keepdim=True)
+
+    return assemble(Family(check, value, weights, noise_shape, sample, residual, root, curve), reduction)
+
+
+def _class_sum(x: Tensor, weight: Tensor | None, class_dim: int) -> Tensor:
+    """Σ_c w_c x_c over the class dimension."""
+    return x.sum(class_dim) if weight is None else (x.movedim(class_dim, -1) * weight).sum(-1)
+
+
+def _check_options(weight: Tensor | None, label_smoothing: float, class_dim: int) -> None:
+    if weight is not None and weight.dim() != 1:
+        raise HyperparameterError(
+            explain("weight must have one entry per class.", got=list(weight.shape), wanted="[C]")
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise HyperparameterError(explain("label_smoothing must be in [0, 1].", got=label_smoothing))
+    if class_dim == 0:
+        raise HyperparameterError(
+            explain("class_dim cannot be 0.", why="dimension 0 of the outputs holds the examples", options="1 or -1")
+        )
+
+
+def _check_fit(z: Tensor, targets: Tensor, class_dim: int, ignore_index: int) -> None:
+    check_outputs(z, 2, "[N, C, ...], examples first")
+    if not 1 <= (class_dim if class_dim > 0 else class_dim + z.dim()) < z.dim():
+        raise TargetError(
+            explain(f"the outputs have no class dimension {class_dim}.", got=list(z.shape), options="class_dim=1 or -1")
+        )
+    dim, shape = class_dim % z.dim(), tuple(z.shape)
+    without = [(*shape[:i], *shape[i + 1 :]) for i in range(z.dim())]
+    if targets.is_floating_point():
+        if tuple(targets.shape) != shape:
+            raise TargetError(
+                explain(
+                    "floating-point targets are class probabilities, and these do not fit the outputs.",
+                    got=list(targets.shape),
+                    wanted=list(shape),
+                    options="targets.long() if they are class indices" if tuple(targets.shape) in without else None,
+                )
+            )
+        if ignore_index != _NO_INDEX:
+            raise TargetError(
+                explain(
+                    "ignore_index has no meaning for probability targets.",
+                    got=f"ignore_index={ignore_index}",
+                    options="rows of zeros in the targets, which have no loss and no curvature",
+                )
+            )
+        return
+    if targets.dtype == torch.bool or targets.is_complex():
+        raise TargetError(explain("targets must be class indices or probabilities.", got=targets.dtype))
+    if tuple(targets.shape) != without[dim]:
+        others = [i for i in range(1, z.dim()) if without[i] == tuple(targets.shape)]
+        other = None if not others else -1 if others[-1] == z.dim() - 1 else others[-1]
+        raise TargetError(
+            explain(
+                "the class indices do not fit the outputs.",
+                got=f"targets {list(targets.shape)} for outputs {list(shape)} with class_dim={class_dim}",
+                wanted=list(without[dim]),
+                options=None if other is None else f"class_dim={other}",
+            )
+        )

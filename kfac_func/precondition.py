@@ -1,0 +1,307 @@
+"""Curvature, averages, damping and refresh policy become one link of a chain; and the two primitives that work on its state alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import StateError, TreeMismatchError, explain
+from kfac_func._tree import Static
+from kfac_func._typing import PyTree, ScalarOrSchedule
+from kfac_func.blocks import Layout, pack, unpack
+from kfac_func.curvature import Curvature
+from kfac_func.damping import Split
+from kfac_func.estimators import Stats
+from kfac_func.transforms import GradientTransformation
+
+Average = Literal["debiased", "warmup"]
+
+
+class Options(NamedTuple):
+    """The settings of a preconditioner."""
+
+    split: Split
+    decay: float
+    average: Average
+    refresh_every: int
+
+
+class Rules(NamedTuple):
+    """What is static about a state: the curvature, the options, and (after the first statistics) the blocks and all leaf paths."""
+
+    curvature: Curvature | None
+    options: Options
+    layouts: tuple[Layout, ...] = ()
+    paths: tuple[str, ...] = ()
+    unclaimed: tuple[tuple[str, str], ...] = ()
+
+    def __reduce__(self) -> tuple:
+        """Functions do not go into files: after loading, the first `update` puts the curvature back."""
+        return Rules, (None, *self[1:])
+
+
+class KFacState(NamedTuple):
+    """The state of `kfac()`: tensors only at the leaves.
+
+    count      updates so far, 0-dim int64 on the CPU (it decides about refreshes without asking a device)
+    observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
+    failed     factorisations that were not finite and did not replace the one before
+    weight     W of the zero-debiased averages               damping    λ, float64
+    curvature  the averages, None before the first statistics
+    factored   what solving needs, None before the first statistics
+    """
+
+    count: Tensor
+    observed: Tensor
+    rejected: Tensor
+    failed: Tensor
+    weight: Tensor
+    damping: Tensor
+    curvature: Any
+    factored: Any
+    rules: Static[Rules]
+
+
+torch.serialization.add_safe_globals([KFacState, Rules, Options, Layout, Static])
+
+
+def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Options) -> GradientTransformation:
+    """The transformation behind `kfac()`: absorb statistics, refresh the factorisation when due, solve."""
+
+    def init(params: PyTree) -> KFacState:
+        device = next((leaf.device for leaf in _tree.leaves(params)), torch.device("cpu"))
+        zero = torch.zeros((), dtype=torch.int64)
+        counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)]
+        weight = torch.zeros((), dtype=torch.float64, device=device)
+        return KFacState(zero, *counts, weight, _value(damping, zero), None, None, Static(Rules(curvature, options)))
+
+    def update(
+        updates: PyTree,
+        state: KFacState,
+        params: PyTree | None = None,
+        *,
+        stats: Stats | None = None,
+        refresh: bool | None = None,
+        inplace: bool = False,
+        **extra: Any,
+    ) -> tuple[PyTree, KFacState]:
+        del params, inplace, extra
+        state = _attached(state, curvature)
+        if callable(damping):
+            state = state._replace(damping=_value(damping, state.count))
+        if stats is not None:
+            state = _absorb(state, stats)
+        if state.curvature is not None and (state.factored is None or _due(state, refresh)):
+            state = _refreshed(state)
+        return precondition(state, updates), state._replace(count=state.count + 1)
+
+    return GradientTransformation(init, update)
+
+
+def _value(damping: ScalarOrSchedule, count: Tensor) -> Tensor:
+    value = damping(count) if callable(damping) else damping
+    return value.to(torch.float64) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _due(state: KFacState, refresh: bool | None) -> bool:
+    every = _rules(state).options.refresh_every
+    if refresh is not None or every == 1:
+        return True if refresh is None else refresh
+    if torch.compiler.is_compiling():
+        raise StateError(_ask_refresh)
+    try:
+        return int(state.count) % every == 0
+    except RuntimeError as error:  # a batched count under vmap has no single value
+        raise StateError(_ask_refresh) from error
+
+
+_ask_refresh = explain(
+    "whether to refresh the factorisation cannot be read from the count under vmap or torch.compile.",
+    options="pass refresh=True or refresh=False to update; or use refresh_every=1",
+)
+
+
+def _attached(state: KFacState, curvature: Curvature) -> KFacState:
+    """A state with its curvature: the one it has, or after loading from a file the one given."""
+    rules = state.rules.value
+    return state if rules.curvature is not None else state._replace(rules=Static(rules._replace(curvature=curvature)))
+
+
+def _rules(state: KFacState) -> Rules:
+    return state.rules.value
+
+
+def _curvature(state: KFacState) -> Curvature:
+    found = _rules(state).curvature
+    if found is None:
+        raise StateError(
+            explain(
+                "the state was loaded from a file and has not met its transformation yet.",
+                options="call tx.update(...) first; functions are not saved",
+            )
+        )
+    return found
+
+
+def _absorb(state: KFacState, stats: Stats) -> KFacState:
+    """One step of the moving averages; a batch that is not finite changes nothing but `rejected`."""
+    curvature, plan = _curvature(state), stats.rules.value.plan
+    blocks = None if stats.moments is not None else stats.blocks()
+    moments = stats.moments if blocks is None else curvature.measure(blocks)
+    layouts = stats.rules.value.layouts
+    rules = _rules(state)
+    if rules.layouts and rules.layouts != layouts:
+        raise StateError(
+            explain(
+                "the statistics describe other blocks than the state.",
+                got=", ".join(layout.name for layout in layouts),
+                wanted=", ".join(layout.name for layout in rules.layouts),
+                options="use one model and one `unclaimed` setting per state",
+            )
+        )
+    rules = rules._replace(layouts=layouts, paths=plan.paths, unclaimed=plan.unclaimed)
+    old = curvature.init(moments) if state.curvature is None else state.curvature
+    finite = _finite(moments)
+    kept = _tree.tree_map(lambda m, x: torch.where(finite, m, x), moments, old)
+    weight = torch.where(finite, rules.options.decay * state.weight + 1, state.weight)
+    fraction = 1 / weight.clamp(min=1)
+    if rules.options.average == "warmup":
+        fraction = (1 / (state.observed + 1)).clamp(min=1 - rules.options.decay)
+    return state._replace(
+        observed=state.observed + finite,
+        rejected=state.rejected + ~finite,
+        weight=weight,
+        curvature=curvature.absorb(old, kept, torch.where(finite, fraction, 0.0)),
+        rules=Static(rules),
+    )
+
+
+def _refreshed(state: KFacState) -> KFacState:
+    """Factorise; a factorisation that is not finite does not replace one that is. With nothing observed yet it is the identity."""
+    damping = torch.where(state.weight > 0, state.damping.to(state.weight.device), 1.0)
+    factored = _curvature(state).factorize(state.curvature, damping, _rules(state).options.split)
+    if state.factored is None:
+        return state._replace(factored=factored)
+    finite = _finite(factored)
+    kept = _tree.tree_map(lambda new, old: torch.where(finite, new, old), factored, state.factored)
+    return state._replace(factored=kept, failed=state.failed + ~finite)
+
+
+def _finite(tree: PyTree) -> Tensor:
+    """Whether all leaves are finite: a 0-dim tensor, so nothing waits for a device."""
+    sums = [torch.isfinite(leaf.sum()) for leaf in _tree.leaves(tree)]
+    return torch.stack(sums).all() if sums else torch.tensor(True)
+
+
+def observe(state: PyTree, stats: Stats, *, refresh: bool = True) -> PyTree:
+    """Absorb the statistics of a batch into the K-FAC state inside ANY optimiser state; everything else stays as it is.
+
+    refresh    factorise as well (the first statistics always do)
+
+    Statistics with NaN or infinities are not absorbed: `rejected` counts them and the state stays usable.
+    Raises StateError when there is no K-FAC state inside, or the statistics describe other blocks.
+
+        >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
+        >>> step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+        >>> _, grads, stats = step(params, (torch.ones(5, 3), torch.zeros(5, 2)))
+        >>> state = kf.observe(kf.kfac().init(params), stats)
+        >>> int(state.observed), kf.precondition(state, grads)["weight"].shape
+        (1, torch.Size([2, 3]))
+    """
+
+    def one(inner: KFacState) -> KFacState:
+        inner = _absorb(inner, stats)
+        return _refreshed(inner) if refresh or inner.factored is None else inner
+
+    _inside(state)
+    return _tree.map_nodes(one, state, KFacState)
+
+
+def _inside(state: PyTree) -> list[KFacState]:
+    found = _tree.nodes(state, KFacState)
+    if not found:
+        raise StateError(
+            explain(
+                "there is no K-FAC state inside.",
+                got=type(state).__name__,
+                options="pass the state of a chain with kfac() in it, or that of kfac() itself",
+            )
+        )
+    return found
+
+
+def precondition(state: PyTree, grads: PyTree) -> PyTree:
+    """Multiply gradients by the damped inverse curvature: v = (F̂ + λ)⁻¹ g, block by block. Linear, symmetric positive definite.
+
+    state    a K-FAC state, or any state with exactly one inside
+    grads    a tree like the parameters; None leaves stay None; leaves without curvature come back as they are (copied)
+
+    Before the first statistics these are the gradients themselves. The direction is not scaled by a learning rate.
+    Raises StateError without a K-FAC state, TreeMismatchError when the trees do not fit. See `observe` for an example.
+
+        >>> state = kf.kfac().init({"w": torch.ones(2)})
+        >>> kf.precondition(state, {"w": torch.ones(2)})
+        {'w': tensor([1., 1.])}
+    """
+    found = _inside(state)
+    if len(found) > 1:
+        raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
+    return _solved(found[0], grads)
+
+
+def _solved(state: KFacState, grads: PyTree) -> PyTree:
+    if state.factored is None:
+        return _tree.tree_map(torch.clone, grads)
+    rules = _rules(state)
+    leaves = _tree.unique_paths(grads)
+    unknown = [path for path in leaves if path not in rules.paths]
+    if unknown:
+        raise TreeMismatchError(
+            explain(
+                "the gradients are not a tree like the parameters.",
+                unexpected=", ".join(map(repr, unknown[:5])),
+                wanted=", ".join(map(repr, rules.paths[:20])),
+            )
+        )
+    here = [layout for layout in rules.layouts if any(path in leaves for path in layout.leaves)]
+    vs = {layout.name: pack(layout, leaves) for layout in here}
+    solved = _curvature(state).solve(state.factored, vs)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    new = {path: leaf.clone() for path, leaf in leaves.items() if not any(path in layout.leaves for layout in here)}
+    for layout in here:
+        new |= {path: v.to(leaves[path].dtype) for path, v in unpack(layout, solved[layout.name], shapes).items()}
+    return _tree.with_leaves(grads, [new[path] for path in leaves])
+
+
+def describe(state: PyTree) -> str:
+    """A table of what the K-FAC state inside covers: every block with its kind, leaves, size and structure, and every leaf without one.
+
+        >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
+        kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected
+        no statistics yet: gradients pass unchanged
+    """
+    inner = _inside(state)[0]
+    rules = _rules(inner)
+    name = "no curvature attached" if rules.curvature is None else rules.curvature.name
+    lines = [
+        f"kfac: {name}, damping {float(inner.damping):g}, split {rules.options.split}, "
+        f"{int(inner.observed)} batches observed, {int(inner.rejected)} rejected"
+    ]
+    if not rules.layouts:
+        return "\n".join([*lines, "no statistics yet: gradients pass unchanged"])
+    rows = [("block", "kind", "V", "leaves")]
+    for layout in rules.layouts:
+        size = f"{layout.groups}x{layout.outputs}" if layout.groups > 1 else str(layout.outputs)
+        rows.append((layout.name, layout.kind, ("o=" if layout.matrix else "p=") + size, " + ".join(layout.leaves)))
+    covered = {path for layout in rules.layouts for path in layout.leaves}
+    rows += [(path, "identity", "-", path) for path, policy in rules.unclaimed if policy == "identity"]
+    named = covered | {path for path, _ in rules.unclaimed}
+    rows += [(path, "unused", "-", path) for path in rules.paths if path not in named]
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    return "\n".join(lines + ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows])
+
+

@@ -1,0 +1,324 @@
+"""What every gradient transformation must obey. A new one is one row of the table."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from kfac_func import transforms
+from kfac_func._errors import HyperparameterError, StateError, TreeMismatchError
+from kfac_func._tree import leaves, replace_leaves, tree_map, unique_paths
+from kfac_func.transforms import (
+    adam,
+    adamw,
+    add_decayed_weights,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    identity,
+    named_chain,
+    scale,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_schedule,
+    schedules,
+    sgd,
+    trace,
+)
+
+STEPS = 3
+
+
+class Row(NamedTuple):
+    """A transformation with its options, and for every option another value that must change the updates."""
+
+    name: str
+    make: Callable[..., Any]
+    options: dict[str, Any]
+    changed: dict[str, Any]
+
+
+def falling(count):
+    return 0.5 / (1.0 + count)
+
+
+def cosine(init: float) -> Any:
+    return schedules.cosine_decay(init, 10)
+
+
+def nested(momentum: float, rate: float) -> Any:
+    return chain(clip_by_global_norm(1.0), chain(trace(momentum), add_decayed_weights(cosine(0.1))), scale(rate))
+
+
+def named(momentum: float) -> Any:
+    return named_chain(("zebra", trace(momentum)), ("ant", scale_by_adam()))
+
+
+def foreign(decay: float) -> Any:
+    """A foreign pair that returns its own state as the updates, as torchopt's momentum does."""
+
+    def update(updates, state):
+        moved = tree_map(lambda m, u: m if u is None else decay * m + u, state, updates)
+        return tree_map(lambda u, m: m, updates, moved), moved
+
+    return chain((lambda params: tree_map(torch.zeros_like, params), update))
+
+
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
+ADAM_CHANGED = {"b1": 0.5, "b2": 0.9, "eps": 0.1, "eps_root": 0.1}
+
+ROWS = [
+    Row("identity", identity, {}, {}),
+    Row("scale", scale, {"step_size": 1.0}, {"step_size": 2.0}),
+    Row("scale_by_schedule", scale_by_schedule, {"step_size_fn": falling}, {"step_size_fn": cosine(1.0)}),
+    Row(
+        "rate",
+        scale_by_learning_rate,
+        {"learning_rate": 0.5, "flip_sign": True},
+        {"learning_rate": 1.0, "flip_sign": False},
+    ),
+    Row("rate_schedule", scale_by_learning_rate, {"learning_rate": cosine(0.5)}, {"learning_rate": falling}),
+    Row("trace", trace, {"decay": 0.9, "nesterov": False}, {"decay": 0.5, "nesterov": True}),
+    Row("trace_nesterov", trace, {"decay": 0.9, "nesterov": True}, {"decay": 0.5}),
+    Row("scale_by_adam", scale_by_adam, ADAM, ADAM_CHANGED),
+    Row("clip", clip_by_global_norm, {"max_norm": 0.5}, {"max_norm": 0.25}),
+    Row("clip_inactive", clip_by_global_norm, {"max_norm": 1e6}, {"max_norm": 0.25}),
+    Row("decay", add_decayed_weights, {"weight_decay": 0.1}, {"weight_decay": 0.2}),
+    Row("decay_schedule", add_decayed_weights, {"weight_decay": cosine(0.1)}, {"weight_decay": cosine(0.2)}),
+    Row("sgd", sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.1}),
+    Row(
+        "sgd_all",
+        sgd,
+        {"learning_rate": cosine(0.1), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"learning_rate": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": cosine(0.1)},
+    ),
+    Row("adam", adam, {"learning_rate": 0.1, **ADAM}, {"learning_rate": 0.2, **ADAM_CHANGED}),
+    Row(
+        "adamw", adamw, {"learning_rate": 0.1, **ADAM}, {"learning_rate": falling, **ADAM_CHANGED, "weight_decay": 0.1}
+    ),
+    Row("nested_chain", nested, {"momentum": 0.9, "rate": 0.5}, {"momentum": 0.5, "rate": 0.25}),
+    Row("named_chain", named, {"momentum": 0.9}, {"momentum": 0.5}),
+    Row("empty_chain", chain, {}, {}),
+    Row("foreign_last", foreign, {"decay": 0.9}, {"decay": 0.5}),
+]
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+
+
+def tree(seed: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Unsorted keys, a nested tuple, and a leaf without dimensions."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn((*batch, *shape), generator=g, dtype=torch.float64).to(dtype)
+
+    return {"w": draw(3, 2), "b": draw(3), "deep": (draw(2), draw())}
+
+
+def storages(*trees: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves(trees)}
+
+
+def assert_equal(got: Any, wanted: Any, tolerance: float = 0.0) -> None:
+    """The same structure and values; exactly so, bit by bit, unless there is a tolerance."""
+    got, wanted = unique_paths(got), unique_paths(wanted)
+    assert got.keys() == wanted.keys()
+    for path in wanted:
+        torch.testing.assert_close(got[path], wanted[path], rtol=tolerance, atol=tolerance)
+
+
+def run(tx: Any, steps: int = STEPS) -> tuple[list[Any], Any]:
+    """All updates and the last state of a short run with a new gradient at each step."""
+    params, state, history = tree(0), tx.init(tree(0)), []
+    for step in range(steps):
+        updates, state = tx.update(tree(1 + step), state, params)
+        history.append(updates)
+    return history, state
+
+
+@each_row
+def test_nothing_is_mutated_or_shared(row):
+    tx = row.make(**row.options)
+    params, state = tree(0), tx.init(tree(0))
+    assert not storages(tx.init(params)) & storages(params)
+    for step in range(STEPS):
+        grads = tree(1 + step)
+        inputs = (params, state, grads)
+        before = [(leaf, leaf.clone(), leaf._version) for leaf in leaves(inputs)]
+        updates, new_state = tx.update(grads, state, params)
+        assert all(torch.equal(leaf, copy) and leaf._version == version for leaf, copy, version in before)
+        assert not storages(updates) & storages(inputs, new_state)
+        state = new_state
+
+
+@each_row
+def test_old_states_stay_usable(row):
+    tx = row.make(**row.options)
+    _, old = run(tx, 1)
+    first = tx.update(tree(2), old, tree(0))
+    tx.update(tree(3), first[1], tree(0))
+    assert_equal(tx.update(tree(2), old, tree(0)), first)
+
+
+@each_row
+def test_none_stays_none_and_freezes_its_state(row):
+    tx = row.make(**row.options)
+    _, old = run(tx, 1)
+    updates, state = tx.update({**tree(2), "b": None}, old, tree(0))
+    assert updates["b"] is None
+    assert all(updates[key] is not None for key in ("w", "deep"))
+    frozen, kept = ({p: x for p, x in unique_paths(s).items() if p.endswith("b")} for s in (state, old))
+    assert_equal(frozen, kept)
+    assert_equal(apply_updates(tree(0), updates)["b"], tree(0)["b"])
+
+
+@each_row
+def test_order_of_keys_does_not_matter(row):
+    tx = row.make(**row.options)
+    _, state = run(tx, 1)
+    reversed_grads = dict(reversed(tree(2).items()))
+    assert_equal(tx.update(reversed_grads, state, tree(0)), tx.update(tree(2), state, tree(0)))
+
+
+@each_row
+def test_params_by_keyword_and_unknown_extras(row):
+    tx = row.make(**row.options)
+    _, state = run(tx, 1)
+    wanted = tx.update(tree(2), state, tree(0))
+    extras = {"stats": object(), "inplace": True, "refresh": False, "unheard_of": 1}
+    assert_equal(tx.update(tree(2), state, params=tree(0)), wanted)
+    assert_equal(tx.update(tree(2), state, tree(0), **extras), wanted)
+
+
+@each_row
+def test_vmap_equals_a_loop(row):
+    tx = row.make(**row.options)
+    params = tree(0, batch=(4,))
+    grads = [tree(1 + step, batch=(4,)) for step in range(STEPS)]
+    state, history = torch.func.vmap(tx.init)(params), []
+    for grad in grads:
+        updates, state = torch.func.vmap(tx.update)(grad, state, params)
+        history.append(updates)
+    for member in range(4):
+        own = tx.init(tree_map(lambda x, i=member: x[i], params))
+        for grad, updates in zip(grads, history, strict=True):
+            mine = tree_map(lambda x, i=member: x[i], (grad, params, updates))
+            wanted, own = tx.update(mine[0], own, mine[1])
+            assert_equal(mine[2], wanted, 1e-12)
+        assert_equal(tree_map(lambda x, i=member: x[i], state), own, 1e-12)
+
+
+@each_row
+def test_state_is_tensors_and_can_be_saved(row):
+    tx = row.make(**row.options)
+    _, state = run(tx)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves(state))
+    pickled, plain = io.BytesIO(), io.BytesIO()
+    torch.save(state, pickled)
+    torch.save(unique_paths(state), plain)
+    whole = torch.load(io.BytesIO(pickled.getvalue()), weights_only=False)
+    rebuilt = replace_leaves(tx.init(tree(0)), torch.load(io.BytesIO(plain.getvalue()), weights_only=True))
+    wanted = tx.update(tree(9), state, tree(0))
+    for loaded in (whole, rebuilt):
+        assert_equal(tx.update(tree(9), loaded, tree(0)), wanted)
+
+
+@each_row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_stay(row, dtype):
+    tx = row.make(**row.options)
+    params, state = tree(0, dtype), tx.init(tree(0, dtype))
+    dtypes = [leaf.dtype for leaf in leaves(state)]
+    for step in range(STEPS):
+        updates, state = tx.update(tree(1 + step, dtype), state, params)
+        assert {leaf.dtype for leaf in leaves(updates)} == {dtype}
+        assert [leaf.dtype for leaf in leaves(state)] == dtypes
+
+
+@pytest.mark.parametrize(
+    ("row", "option"),
+    [pytest.param(row, option, id=f"{row.name}-{option}") for row in ROWS for option in row.changed],
+)
+def test_every_option_changes_the_updates(row, option):
+    plain, _ = run(row.make(**row.options))
+    other, _ = run(row.make(**{**row.options, option: row.changed[option]}))
+    assert any(not torch.allclose(a, b, rtol=1e-6) for a, b in zip(leaves(plain), leaves(other), strict=True))
+
+
+def test_the_table_is_complete():
+    public = {
+        value for name, value in vars(transforms).items() if inspect.isfunction(value) and not name.startswith("_")
+    }
+    constructors = public - {transforms.apply_updates, transforms.global_norm, transforms.stateless}
+    changed = {make: set() for make in constructors - {chain, named_chain}}
+    for row in ROWS:
+        changed.get(row.make, set()).update(row.changed)
+    assert changed == {make: set(inspect.signature(make).parameters) for make in changed}
+
+
+WRONG_OPTIONS = [
+    (scale, {"step_size": float("nan")}),
+    (scale, {"step_size": torch.ones(2)}),
+    (scale_by_learning_rate, {"learning_rate": -0.1}),
+    (scale_by_learning_rate, {"learning_rate": float("inf")}),
+    (trace, {"decay": 1.0}),
+    (trace, {"decay": -0.1}),
+    (scale_by_adam, {"b1": -0.1}),
+    (scale_by_adam, {"b1": 1.0}),
+    (scale_by_adam, {"b2": 1.5}),
+    (scale_by_adam, {"eps": -1e-8}),
+    (scale_by_adam, {"eps_root": -1.0}),
+    (clip_by_global_norm, {"max_norm": 0.0}),
+    (clip_by_global_norm, {"max_norm": -1.0}),
+    (add_decayed_weights, {"weight_decay": -0.1}),
+    (sgd, {"learning_rate": -1}),
+    (sgd, {"learning_rate": 0.1, "momentum": 1.0}),
+    (sgd, {"learning_rate": 0.1, "weight_decay": -0.1}),
+    (adam, {"learning_rate": -0.1}),
+    (adamw, {"learning_rate": 0.1, "weight_decay": -0.1}),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), WRONG_OPTIONS)
+def test_options_without_meaning_are_refused(make, options):
+    name = list(options)[-1]
+    with pytest.raises(HyperparameterError, match=rf"^{name} has a value[^\n]*\n  got     .*\n  wanted  "):
+        make(**options)
+
+
+def test_tensor_options_are_never_read():
+    for make, options in [(sgd, "learning_rate"), (trace, "decay"), (clip_by_global_norm, "max_norm")]:
+        make(**{options: torch.tensor(-1.0, device="meta")})
+
+
+MISFITS = {
+    "structure": {"w": torch.ones(3, 2)},
+    "shape": {**tree(1), "b": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("make", [lambda: trace(0.9), scale_by_adam, lambda: add_decayed_weights(0.1)])
+def test_updates_unlike_the_params_are_refused(make, misfit):
+    tx = make()
+    with pytest.raises(TreeMismatchError, match="wanted"):
+        tx.update(misfit, tx.init(tree(0)), tree(0))
+
+
+def test_decay_without_params_is_refused():
+    for decay in (0.1, falling):
+        tx = add_decayed_weights(decay)
+        with pytest.raises(HyperparameterError, match="needs the parameters"):
+            tx.update(tree(1), tx.init(tree(0)))
+
+
+@pytest.mark.parametrize("make", [lambda: nested(0.9, 0.1), lambda: named(0.9)])
+@pytest.mark.parametrize("state", [(), (1, 2), [1, 2, 3], {"zebra": 1}, None])
+def test_states_of_another_chain_are_refused(make, state):
+    with pytest.raises(StateError, match="does not belong to this chain"):
+        make().update(tree(1), state, tree(0))
