@@ -45,7 +45,7 @@ def output_rows(use: Use, sharing: str) -> Tensor:
 
 def with_constant(rows: Tensor, bias: bool) -> Tensor:
     """Append the homogeneous 1 to input rows."""
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) if bias else rows
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1) if bias else rows
 
 
 def second_moment(rows: Tensor) -> Tensor:

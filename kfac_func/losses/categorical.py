@@ -76,23 +76,22 @@ def cross_entropy(
         return weight.to(z.dtype)[indices.long().masked_fill(ignored, 0)].masked_fill(ignored, 0), ignored
 
     def value(z: Tensor, targets: Tensor) -> Tensor:
-        z, cast = z.movedim(class_dim, 1), None if weight is None else weight.to(z.dtype)
+        examples, cast = z.shape[0], None if weight is None else weight.to(z.dtype)
         kind = "sum" if reduction == "batchmean" else reduction
+        z, targets = _as_torch_wants(z, targets, class_dim)
         if targets.is_floating_point():
-            total = F.cross_entropy(
-                z, targets.movedim(class_dim, 1), cast, reduction=kind, label_smoothing=label_smoothing
-            )
+            total = F.cross_entropy(z, targets, cast, reduction=kind, label_smoothing=label_smoothing)
         elif label_smoothing == 0.0:
-            total = F.cross_entropy(z, targets.long(), cast, ignore_index=ignore_index, reduction=kind)
+            total = F.cross_entropy(z, targets, cast, ignore_index=ignore_index, reduction=kind)
         else:
             # torch's own smoothing selects by mask and writes in place, which vmap refuses
             log_p = F.log_softmax(z, 1)
-            total = F.nll_loss(log_p, targets.long(), cast, ignore_index=ignore_index, reduction=kind)
+            total = F.nll_loss(log_p, targets, cast, ignore_index=ignore_index, reduction=kind)
             own, ignored = own_weights(z, targets)
             smooth = -_class_sum(log_p, cast, 1).masked_fill(ignored, 0).sum()
             smooth = smooth / own.sum() if reduction == "mean" else smooth
             total = (1 - label_smoothing) * total + smooth * (label_smoothing / z.shape[1])
-        return total / z.shape[0] if reduction == "batchmean" else total
+        return total / examples if reduction == "batchmean" else total
 
     def weights(z: Tensor, targets: Tensor) -> Tensor:
         classes, cast = z.shape[class_dim], None if weight is None else weight.to(z.dtype)
@@ -132,6 +131,14 @@ def cross_entropy(
         return along - p * along.sum(class_dim, keepdim=True)
 
     return assemble(Family(check, value, weights, noise_shape, sample, residual, root, curve), reduction)
+
+
+def _as_torch_wants(z: Tensor, targets: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
+    """The classes in dimension 1 and integers of 64 bits; classes that are last stay contiguous."""
+    targets = targets if targets.is_floating_point() else targets.long()
+    if class_dim % z.dim() == z.dim() - 1:
+        return z.flatten(0, -2), targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+    return z.movedim(class_dim, 1), targets.movedim(class_dim, 1) if targets.is_floating_point() else targets
 
 
 def _class_sum(x: Tensor, weight: Tensor | None, class_dim: int) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -288,6 +289,15 @@ def test_vmap_is_a_loop_and_nothing_is_mutated(row: Row) -> None:
             if dims == (0, 0, 0):
                 close(batch[1], loops[1][name])
     assert all(torch.equal(a, b) for a, b in zip(kept, (zs, ys, noises, *weights), strict=True))
+
+
+@EACH
+def test_no_value_is_read(row: Row) -> None:
+    """Tensors without values go through everything, so nothing waits for a device."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        z, y = (mode.from_tensor(t) for t in row.data())
+        results = all_functions(row.loss, z, y, z)
+    assert all(isinstance(result, FakeTensor) for result in results.values())
 
 
 @SOME

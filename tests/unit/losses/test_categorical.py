@@ -97,6 +97,13 @@ def test_integer_targets_of_any_width() -> None:
             assert torch.equal(getattr(loss, name)(z, INDICES.to(dtype)), getattr(loss, name)(z, INDICES))
 
 
+def test_weights_in_the_outputs_precision() -> None:
+    loss, low = cross_entropy(W, label_smoothing=0.1), outputs(3, 4).bfloat16()
+    expected = F.cross_entropy(low, INDICES, W.bfloat16(), label_smoothing=0.1)
+    torch.testing.assert_close(loss.value(low, INDICES), expected, rtol=0, atol=0)
+    assert cross_entropy(W).value(low, INDICES).dtype == torch.bfloat16
+
+
 def test_indices_and_one_hot_probabilities_agree() -> None:
     z, hot = outputs(3, 4), F.one_hot(INDICES, 4).double()
     for loss in (cross_entropy(), cross_entropy(label_smoothing=0.3), cross_entropy(W, reduction="sum")):
@@ -127,8 +134,9 @@ def test_a_class_of_probability_zero_is_never_drawn(dtype: torch.dtype) -> None:
     z = torch.randn(200, 50, generator=g).to(dtype)
     z[:, 0] = z[:, -1] = z[:, 7] = float("-inf")
     y = torch.ones(200, dtype=torch.long)
-    for noise in (0.0, 0.5, 1 - 2**-24, 1 - 2**-53):
-        drawn = cross_entropy().sample(z, y, torch.full((200,), noise, dtype=torch.float64))
+    wide = torch.promote_types(dtype, torch.float32)
+    for noise in (0.0, 0.5, 1 - torch.finfo(wide).eps / 2):
+        drawn = cross_entropy().sample(z, y, torch.full((200,), noise, dtype=wide))
         assert ((drawn > 0) & (drawn < 49) & (drawn != 7)).all()
 
 
