@@ -3,6 +3,9 @@
 optree and torch.func disagree (optree sorts dictionary keys, torch.func keeps insertion order; None is an empty node in
 one and a leaf in the other), so a tree flattened in one world must never be unflattened in the other. Everything in the
 house goes through these functions. Here a None anywhere in the first tree stands for "nothing here" and stays None.
+
+Dynamo cannot trace optree on every container, so under torch.compile the same functions walk the tree in Python (`_children`),
+in the same order.
 """
 
 from __future__ import annotations
@@ -51,13 +54,54 @@ class Leaf(NamedTuple):
     value: Any
 
 
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and children of a node in optree's order, or None for a leaf. For tracing only."""
+    if node is None or isinstance(node, Static):
+        return []
+    if isinstance(node, dict):
+        return [(key, node[key]) for key in sorted(node)]
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(type(node)._fields, node, strict=True))  # type: ignore[attr-defined]
+    if isinstance(node, (tuple, list)):
+        return list(enumerate(node))
+    return None
+
+
+def _rebuilt(node: Any, new: dict[Any, Any]) -> Any:
+    if isinstance(node, dict):
+        return {key: new[key] for key in node}
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(*new.values())
+    return node if node is None or isinstance(node, Static) else type(node)(new.values())
+
+
+def _traced_leaves(tree: PyTree, path: str = "") -> list[Leaf]:
+    children = _children(tree)
+    if children is None:
+        return [Leaf(path, tree)]
+    start = path + "." if path else ""
+    return [leaf for key, child in children for leaf in _traced_leaves(child, f"{start}{key}")]
+
+
+def _traced_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    children = _children(tree)
+    if children is None:
+        return fn(tree, *rest)
+    others = [dict(_children(other) or []) for other in rest]
+    return _rebuilt(tree, {key: _traced_map(fn, child, *(other[key] for other in others)) for key, child in children})
+
+
 def leaves(tree: PyTree) -> list[Any]:
     """The leaves of a tree, without the None ones."""
+    if torch.compiler.is_compiling():
+        return [leaf.value for leaf in _traced_leaves(tree)]
     return optree.tree_leaves(tree)
 
 
 def leaves_with_paths(tree: PyTree) -> list[Leaf]:
     """The leaves of a tree with their dotted paths (dict keys, field names, indices), without the None ones."""
+    if torch.compiler.is_compiling():
+        return _traced_leaves(tree)
     accessors, values, _ = optree.tree_flatten_with_accessor(tree)
     return [Leaf(_dotted(accessor), value) for accessor, value in zip(accessors, values, strict=True)]
 
@@ -72,6 +116,8 @@ def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     Dictionary keys are matched by name, in any order. A leaf of `rest` may be None: `fn` sees it.
     Raises TreeMismatchError, naming the first path that differs, when a tree of `rest` has another structure.
     """
+    if torch.compiler.is_compiling():
+        return _traced_map(fn, tree, *rest)
     values, spec = optree.tree_flatten(tree, none_is_leaf=True)
     others = [_flatten_like(spec, tree, other) for other in rest]
     return spec.unflatten(
@@ -106,8 +152,8 @@ def replace_leaves(tree: PyTree, new: dict[str, Any]) -> PyTree:
 
     Raises TreeMismatchError when `new` names a path that the tree does not have, or two leaves share one path.
     """
-    accessors, values, spec = optree.tree_flatten_with_accessor(tree)
-    paths = [_dotted(accessor) for accessor in accessors]
+    found = leaves_with_paths(tree)
+    paths = [leaf.path for leaf in found]
     unknown = set(new) - set(paths)
     if unknown:
         raise TreeMismatchError(
@@ -118,7 +164,7 @@ def replace_leaves(tree: PyTree, new: dict[str, Any]) -> PyTree:
                 options="pass the tree that has the structure of the parameters",
             )
         )
-    return spec.unflatten([new.get(path, value) for path, value in zip(paths, values, strict=True)])
+    return with_leaves(tree, [new.get(path, value) for path, value in found])
 
 
 def unique_paths(tree: PyTree) -> dict[str, Any]:
@@ -164,6 +210,9 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
 
 def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:
     """The tree with other leaves, in the order of `leaves(tree)`."""
+    if torch.compiler.is_compiling():
+        remaining = list(values)[::-1]
+        return _traced_map(lambda _: remaining.pop(), tree)
     return optree.tree_structure(tree).unflatten(values)
 
 

@@ -51,8 +51,8 @@ class KFacState(NamedTuple):
     observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
     failed     factorisations that were not finite and did not replace the one before
     weight     W of the zero-debiased averages               damping    λ, float64
-    curvature  the averages, None before the first statistics
-    factored   what solving needs, None before the first statistics
+    curvature  the averages, () before the first statistics
+    factored   what solving needs, () before the first statistics
     """
 
     count: Tensor
@@ -77,7 +77,7 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
         zero = torch.zeros((), dtype=torch.int64)
         counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)]
         weight = torch.zeros((), dtype=torch.float64, device=device)
-        return KFacState(zero, *counts, weight, _value(damping, zero), None, None, Static(Rules(curvature, options)))
+        return KFacState(zero, *counts, weight, _value(damping, zero), (), (), Static(Rules(curvature, options)))
 
     def update(
         updates: PyTree,
@@ -95,7 +95,7 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
             state = state._replace(damping=_value(damping, state.count))
         if stats is not None:
             state = _absorb(state, stats)
-        if state.curvature is not None and (state.factored is None or _due(state, refresh)):
+        if state.curvature != () and (state.factored == () or _due(state, refresh)):
             state = _refreshed(state)
         return precondition(state, updates), state._replace(count=state.count + 1)
 
@@ -150,8 +150,7 @@ def _curvature(state: KFacState) -> Curvature:
 def _absorb(state: KFacState, stats: Stats) -> KFacState:
     """One step of the moving averages; a batch that is not finite changes nothing but `rejected`."""
     curvature, plan = _curvature(state), stats.rules.value.plan
-    blocks = None if stats.moments is not None else stats.blocks()
-    moments = stats.moments if blocks is None else curvature.measure(blocks)
+    moments = curvature.measure(stats.blocks()) if stats.moments == () else stats.moments
     layouts = stats.rules.value.layouts
     rules = _rules(state)
     if rules.layouts and rules.layouts != layouts:
@@ -164,7 +163,7 @@ def _absorb(state: KFacState, stats: Stats) -> KFacState:
             )
         )
     rules = rules._replace(layouts=layouts, paths=plan.paths, unclaimed=plan.unclaimed)
-    old = curvature.init(moments) if state.curvature is None else state.curvature
+    old = curvature.init(moments) if state.curvature == () else state.curvature
     finite = _finite(moments)
     kept = _tree.tree_map(lambda m, x: torch.where(finite, m, x), moments, old)
     weight = torch.where(finite, rules.options.decay * state.weight + 1, state.weight)
@@ -184,7 +183,7 @@ def _refreshed(state: KFacState) -> KFacState:
     """Factorise; a factorisation that is not finite does not replace one that is. With nothing observed yet it is the identity."""
     damping = torch.where(state.weight > 0, state.damping.to(state.weight.device), 1.0)
     factored = _curvature(state).factorize(state.curvature, damping, _rules(state).options.split)
-    if state.factored is None:
+    if state.factored == ():
         return state._replace(factored=factored)
     finite = _finite(factored)
     kept = _tree.tree_map(lambda new, old: torch.where(finite, new, old), factored, state.factored)
@@ -215,7 +214,7 @@ def observe(state: PyTree, stats: Stats, *, refresh: bool = True) -> PyTree:
 
     def one(inner: KFacState) -> KFacState:
         inner = _absorb(inner, stats)
-        return _refreshed(inner) if refresh or inner.factored is None else inner
+        return _refreshed(inner) if refresh or inner.factored == () else inner
 
     _inside(state)
     return _tree.map_nodes(one, state, KFacState)
@@ -254,7 +253,7 @@ def precondition(state: PyTree, grads: PyTree) -> PyTree:
 
 
 def _solved(state: KFacState, grads: PyTree) -> PyTree:
-    if state.factored is None:
+    if state.factored == ():
         return _tree.tree_map(torch.clone, grads)
     rules = _rules(state)
     leaves = _tree.unique_paths(grads)

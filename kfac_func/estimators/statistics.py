@@ -43,13 +43,13 @@ class StatsRules(NamedTuple):
 class Stats(NamedTuple):
     """What a batch says about curvature: tensors only at the leaves.
 
-    inputs   the layer input of every tap                grads   [V, *output] of every tap, or None (no output vectors)
+    inputs   the layer input of every tap                grads   [V, *output] of every tap; () without output vectors
     rest     [V, *shape], the gradients of unclaimed leaves summed over the examples
-    moments  already measured moments, when `measure` was given (then the three above are empty)
+    moments  already measured moments, when `measure` was given (then the others are empty); else ()
     """
 
     inputs: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...] | None
+    grads: tuple[Tensor, ...]
     rest: dict[str, Tensor]
     moments: Any
     rules: Static[StatsRules]
@@ -59,12 +59,12 @@ class Stats(NamedTuple):
         plan, layouts, examples, sharing = self.rules.value
         found = {}
         for layout, uses in plan.blocks:
-            mine = tuple(Use(self.inputs[k], None if self.grads is None else self.grads[k], rule) for k, rule in uses)
+            mine = tuple(Use(self.inputs[k], self.grads[k] if self.grads else None, rule) for k, rule in uses)
             positions = sum(use.rule.positions for use in mine) if sharing == "expand" else len(mine)
             found[layout.name] = Block(layout, mine, examples, positions, sharing)
         for layout in layouts[len(plan.blocks) :]:
             grads = self.rest[layout.name]
-            use = Use(grads[:1], None if self.grads is None else grads, UseRule(unstructured, (), None, 1))
+            use = Use(grads[:1], grads if grads.shape[0] else None, UseRule(unstructured, (), None, 1))
             found[layout.name] = Block(layout, (use,), examples, 1, sharing)
         return found
 
@@ -240,10 +240,10 @@ def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> St
     diagonal = [path for path, policy in plan.unclaimed if policy == "diagonal"]
     if not chunks:
         none = {path: run.rest[path].new_zeros(0, *run.rest[path].shape) for path in diagonal}
-        return Stats(run.inputs, None, none, None, rules)
+        return Stats(run.inputs, (), none, (), rules)
     taps = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*(c.taps for c in chunks), strict=True))
     rest = {path: torch.cat([chunk.rest[path] for chunk in chunks]) for path in diagonal}
-    return Stats(run.inputs, taps, rest, None, rules)
+    return Stats(run.inputs, taps, rest, (), rules)
 
 
 def _measured(
@@ -251,14 +251,14 @@ def _measured(
 ) -> Stats:
     """Moments are means, so k chunks whose vectors are scaled by √k average to the moments of all vectors."""
     if k == 0:
-        return Stats((), None, {}, measure(_gathered([], run, rules).blocks()), rules)
+        return Stats((), (), {}, measure(_gathered([], run, rules).blocks()), rules)
     moments = None
     for chunk in chunks:
         larger = Chunk(tuple(k**0.5 * g for g in chunk.taps), {path: k**0.5 * g for path, g in chunk.rest.items()})
         part = measure(_gathered([larger], run, rules).blocks())
         part = _tree.tree_map(lambda m: m / k, part)
         moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
-    return Stats((), None, {}, moments, rules)
+    return Stats((), (), {}, moments, rules)
 
 
 def _signature(params: PyTree, inputs: Any) -> Any:

@@ -53,7 +53,7 @@ def chain(*members: Any) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def named_chain(*pairs: tuple[str, Any]) -> GradientTransformation:
+def named_chain(*pairs: Any) -> GradientTransformation:
     r"""A chain whose state is a dictionary: pairs `(name, transformation)`, states found by name.
 
     Raises what `chain` raises, and HyperparameterError when a pair is no pair or two names are the same.

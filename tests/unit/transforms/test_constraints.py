@@ -62,9 +62,11 @@ def test_gradient_of_the_norm_at_zero_is_zero():
     assert torch.func.grad(global_norm)(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_the_limit_is_a_hyper_parameter():
-    grad = torch.func.grad(lambda c: clip(UPDATES, c)["b"])(torch.tensor(1.5, dtype=torch.float64))
-    assert grad.item() == pytest.approx(2 / 3)
+@pytest.mark.parametrize(("factor", "wanted"), [(1.0, 2 / 3), (0.1, 0.0), (0.0, 0.0)])
+def test_the_limit_is_a_hyper_parameter(factor, wanted):
+    updates = {name: UPDATES[name] * factor for name in ("w", "b")}
+    grad = torch.func.grad(lambda c: clip(updates, c)["b"])(torch.tensor(1.5, dtype=torch.float64))
+    assert grad.item() == pytest.approx(wanted)
 
 
 def test_nan_is_not_hidden():

@@ -52,8 +52,8 @@ def test_vmap_over_counts(schedule, values):
 
 
 def test_warmup_meets_its_ends_exactly():
-    schedule = s.linear_warmup(0.1, 0.7, 7)
-    assert (schedule(0).item(), schedule(7).item(), schedule(8).item()) == (0.1, 0.7, 0.7)
+    schedule = s.linear_warmup(0.2, 0.9, 7)
+    assert (schedule(0).item(), schedule(7).item(), schedule(8).item()) == (0.2, 0.9, 0.9)
 
 
 MAKERS = {
