@@ -1,4 +1,6 @@
-"""kfac_func: functional K-FAC for PyTorch. Verbs at the top, nouns in namespaces; this list is the whole public surface."""
+"""kfac_func: functional K-FAC for PyTorch. Verbs at the top, nouns in namespaces; this list is the whole public
+surface.
+"""
 
 from kfac_func import _errors as errors
 from kfac_func import curvature as curvature
@@ -9,11 +11,11 @@ from kfac_func.capture import make_functional as make_functional
 from kfac_func.capture import make_plan as make_plan
 from kfac_func.estimators import Stats as Stats
 from kfac_func.estimators import value_grad_and_stats as value_grad_and_stats
-from kfac_func.precondition import KFacState as KFacState
-from kfac_func.precondition import describe as describe
 from kfac_func.precondition import observe as observe
 from kfac_func.precondition import precondition as precondition
 from kfac_func.recipes import kfac as kfac
+from kfac_func.state import KFacState as KFacState
+from kfac_func.state import describe as describe
 from kfac_func.transforms import GradientTransformation as GradientTransformation
 from kfac_func.transforms import adam as adam
 from kfac_func.transforms import adamw as adamw

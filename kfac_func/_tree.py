@@ -4,8 +4,8 @@ optree and torch.func disagree (optree sorts dictionary keys, torch.func keeps i
 one and a leaf in the other), so a tree flattened in one world must never be unflattened in the other. Everything in the
 house goes through these functions. Here a None anywhere in the first tree stands for "nothing here" and stays None.
 
-Dynamo cannot trace optree on every container, so under torch.compile the same functions walk the tree in Python (`_children`),
-in the same order.
+Dynamo cannot trace optree on every container, so under torch.compile the same functions walk the tree in Python
+(`_children`), in the same order.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ class Static(Generic[T]):
         return f"Static({self.value!r})"
 
 
-optree.register_pytree_node(
-    Static, lambda node: ((), node, ()), lambda node, _: node, namespace=optree.registry.__GLOBAL_NAMESPACE
+_optree: Any = optree  # its annotations ask a node class to be iterable, which one without children need not be
+_optree.register_pytree_node(
+    Static, lambda node: ((), node, ()), lambda node, _: node, namespace=_optree.registry.__GLOBAL_NAMESPACE
 )
 torch_pytree.register_pytree_node(Static, lambda node: ([], node), lambda _, node: node)
+
+
+def storable(*states: type) -> None:
+    """Let `torch.load(weights_only=True)` read these NamedTuples of tensors."""
+    torch.serialization.add_safe_globals(list(states))
 
 
 class Leaf(NamedTuple):
@@ -61,7 +67,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(node, dict):
         return [(key, node[key]) for key in sorted(node)]
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return list(zip(type(node)._fields, node, strict=True))  # type: ignore[attr-defined]
+        return list(zip(node._fields, node, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(node, (tuple, list)):
         return list(enumerate(node))
     return None
@@ -168,7 +174,9 @@ def replace_leaves(tree: PyTree, new: dict[str, Any]) -> PyTree:
 
 
 def unique_paths(tree: PyTree) -> dict[str, Any]:
-    """The leaves by dotted path. Raises TreeMismatchError when two leaves have the same path ({'a.b'} and {'a': {'b'}})."""
+    """The leaves by dotted path. Raises TreeMismatchError when two leaves have the same path ({'a.b'} and {'a':
+    {'b'}}).
+    """
     found: dict[str, Any] = {}
     for path, value in leaves_with_paths(tree):
         if path in found:

@@ -1,9 +1,10 @@
-"""Curvature, averages, damping and refresh policy become one link of a chain; and the two primitives that work on its state alone."""
+"""Curvature, averages, damping and refresh policy become one link of a chain; and the two primitives that work on its
+state alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,61 +13,11 @@ from kfac_func import _tree
 from kfac_func._errors import StateError, TreeMismatchError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import PyTree, ScalarOrSchedule
-from kfac_func.blocks import Layout, pack, unpack
+from kfac_func.blocks import pack, unpack
 from kfac_func.curvature import Curvature
-from kfac_func.damping import Split
 from kfac_func.estimators import Stats
+from kfac_func.state import KFacState, Options, Rules, inside
 from kfac_func.transforms import GradientTransformation
-
-Average = Literal["debiased", "warmup"]
-
-
-class Options(NamedTuple):
-    """The settings of a preconditioner."""
-
-    split: Split
-    decay: float
-    average: Average
-    refresh_every: int
-
-
-class Rules(NamedTuple):
-    """What is static about a state: the curvature, the options, and (after the first statistics) the blocks and all leaf paths."""
-
-    curvature: Curvature | None
-    options: Options
-    layouts: tuple[Layout, ...] = ()
-    paths: tuple[str, ...] = ()
-    unclaimed: tuple[tuple[str, str], ...] = ()
-
-    def __reduce__(self) -> tuple:
-        """Functions do not go into files: after loading, the first `update` puts the curvature back."""
-        return Rules, (None, *self[1:])
-
-
-class KFacState(NamedTuple):
-    """The state of `kfac()`: tensors only at the leaves.
-
-    count      updates so far, 0-dim int64 on the CPU (it decides about refreshes without asking a device)
-    observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
-    failed     factorisations that were not finite and did not replace the one before
-    weight     W of the zero-debiased averages               damping    λ, float64
-    curvature  the averages, () before the first statistics
-    factored   what solving needs, () before the first statistics
-    """
-
-    count: Tensor
-    observed: Tensor
-    rejected: Tensor
-    failed: Tensor
-    weight: Tensor
-    damping: Tensor
-    curvature: Any
-    factored: Any
-    rules: Static[Rules]
-
-
-torch.serialization.add_safe_globals([KFacState, Rules, Options, Layout, Static])
 
 
 def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Options) -> GradientTransformation:
@@ -75,9 +26,10 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
     def init(params: PyTree) -> KFacState:
         device = next((leaf.device for leaf in _tree.leaves(params)), torch.device("cpu"))
         zero = torch.zeros((), dtype=torch.int64)
-        counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)]
+        observed, rejected, failed = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
         weight = torch.zeros((), dtype=torch.float64, device=device)
-        return KFacState(zero, *counts, weight, _value(damping, zero), (), (), Static(Rules(curvature, options)))
+        rules = Static(Rules(curvature, options))
+        return KFacState(zero, observed, rejected, failed, weight, _value(damping, zero), (), (), rules)
 
     def update(
         updates: PyTree,
@@ -92,12 +44,12 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
         del params, inplace, extra
         state = _attached(state, curvature)
         if callable(damping):
-            state = state._replace(damping=_value(damping, state.count))
+            state = state._replace(damping=_value(damping, state.step))
         if stats is not None:
             state = _absorb(state, stats)
         if state.curvature != () and (state.factored == () or _due(state, refresh)):
             state = _refreshed(state)
-        return precondition(state, updates), state._replace(count=state.count + 1)
+        return precondition(state, updates), state._replace(step=state.step + 1)
 
     return GradientTransformation(init, update)
 
@@ -114,9 +66,12 @@ def _due(state: KFacState, refresh: bool | None) -> bool:
     if torch.compiler.is_compiling():
         raise StateError(_ask_refresh)
     try:
-        return int(state.count) % every == 0
+        step = int(state.step)
     except RuntimeError as error:  # a batched count under vmap has no single value
         raise StateError(_ask_refresh) from error
+    return (
+        step < every or step % every == 0
+    )  # averages of few batches change fast: a stale factorisation of them is dangerous
 
 
 _ask_refresh = explain(
@@ -180,7 +135,9 @@ def _absorb(state: KFacState, stats: Stats) -> KFacState:
 
 
 def _refreshed(state: KFacState) -> KFacState:
-    """Factorise; a factorisation that is not finite does not replace one that is. With nothing observed yet it is the identity."""
+    """Factorise; a factorisation that is not finite does not replace one that is. With nothing observed yet it is the
+    identity.
+    """
     damping = torch.where(state.weight > 0, state.damping.to(state.weight.device), 1.0)
     factored = _curvature(state).factorize(state.curvature, damping, _rules(state).options.split)
     if state.factored == ():
@@ -216,25 +173,13 @@ def observe(state: PyTree, stats: Stats, *, refresh: bool = True) -> PyTree:
         inner = _absorb(inner, stats)
         return _refreshed(inner) if refresh or inner.factored == () else inner
 
-    _inside(state)
+    inside(state)
     return _tree.map_nodes(one, state, KFacState)
 
 
-def _inside(state: PyTree) -> list[KFacState]:
-    found = _tree.nodes(state, KFacState)
-    if not found:
-        raise StateError(
-            explain(
-                "there is no K-FAC state inside.",
-                got=type(state).__name__,
-                options="pass the state of a chain with kfac() in it, or that of kfac() itself",
-            )
-        )
-    return found
-
-
 def precondition(state: PyTree, grads: PyTree) -> PyTree:
-    """Multiply gradients by the damped inverse curvature: v = (F̂ + λ)⁻¹ g, block by block. Linear, symmetric positive definite.
+    """Multiply gradients by the damped inverse curvature: v = (F̂ + λ)⁻¹ g, block by block. Linear, symmetric
+    positive definite.
 
     state    a K-FAC state, or any state with exactly one inside
     grads    a tree like the parameters; None leaves stay None; leaves without curvature come back as they are (copied)
@@ -246,7 +191,7 @@ def precondition(state: PyTree, grads: PyTree) -> PyTree:
         >>> kf.precondition(state, {"w": torch.ones(2)})
         {'w': tensor([1., 1.])}
     """
-    found = _inside(state)
+    found = inside(state)
     if len(found) > 1:
         raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
     return _solved(found[0], grads)
@@ -274,33 +219,3 @@ def _solved(state: KFacState, grads: PyTree) -> PyTree:
     for layout in here:
         new |= {path: v.to(leaves[path].dtype) for path, v in unpack(layout, solved[layout.name], shapes).items()}
     return _tree.with_leaves(grads, [new[path] for path in leaves])
-
-
-def describe(state: PyTree) -> str:
-    """A table of what the K-FAC state inside covers: every block with its kind, leaves, size and structure, and every leaf without one.
-
-        >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
-        kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected
-        no statistics yet: gradients pass unchanged
-    """
-    inner = _inside(state)[0]
-    rules = _rules(inner)
-    name = "no curvature attached" if rules.curvature is None else rules.curvature.name
-    lines = [
-        f"kfac: {name}, damping {float(inner.damping):g}, split {rules.options.split}, "
-        f"{int(inner.observed)} batches observed, {int(inner.rejected)} rejected"
-    ]
-    if not rules.layouts:
-        return "\n".join([*lines, "no statistics yet: gradients pass unchanged"])
-    rows = [("block", "kind", "V", "leaves")]
-    for layout in rules.layouts:
-        size = f"{layout.groups}x{layout.outputs}" if layout.groups > 1 else str(layout.outputs)
-        rows.append((layout.name, layout.kind, ("o=" if layout.matrix else "p=") + size, " + ".join(layout.leaves)))
-    covered = {path for layout in rules.layouts for path in layout.leaves}
-    rows += [(path, "identity", "-", path) for path, policy in rules.unclaimed if policy == "identity"]
-    named = covered | {path for path, _ in rules.unclaimed}
-    rows += [(path, "unused", "-", path) for path in rules.paths if path not in named]
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    return "\n".join(lines + ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows])
-
-

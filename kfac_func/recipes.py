@@ -6,7 +6,8 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure, blockwise, diagonal, kronecker
 from kfac_func.damping import Split
-from kfac_func.precondition import Average, Options, preconditioner
+from kfac_func.precondition import preconditioner
+from kfac_func.state import Average, Options
 from kfac_func.transforms import GradientTransformation
 
 
@@ -21,20 +22,23 @@ def kfac(
 ) -> GradientTransformation:
     r"""Precondition gradients by the damped inverse of a curvature approximation: v = (F̂ + λ)⁻¹ g.
 
-    The update returns a direction, not yet scaled by a learning rate: `chain(kfac(), sgd(0.1, momentum=0.9))`. Statistics are passed as
-    `stats=` (None on steps that skip them); before the first ones the gradients pass unchanged.
+    The update returns a direction, not yet scaled by a learning rate: `chain(kfac(), sgd(0.1, momentum=0.9))`.
+    Statistics are passed as `stats=` (None on steps that skip them); before the first ones the gradients pass
+    unchanged.
 
-    curvature      a structure for matrix blocks (scale-and-shift and unclaimed blocks get `diagonal()`), or a whole Curvature;
-                   default `kronecker()`
-    damping        λ ≥ 0 in units of the curvature of the loss: a number, a 0-dim tensor (gradients flow through it) or a schedule of the
-                   update count
+    curvature      a structure for matrix blocks (scale-and-shift and unclaimed blocks get `diagonal()`), or a whole
+                   Curvature; default `kronecker()`
+    damping        λ ≥ 0 in units of the curvature of the loss: a number, a 0-dim tensor (gradients flow through it)
+                   or a schedule of the update count
     split          "pi": factored damping with π; "none": factored with π = 1; "exact": Tikhonov in the eigenbasis
     decay          β in [0, 1), the weight of the OLD average
-    average        "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": the old weight is min(1 − 1/k, β) at the k-th statistics
-    refresh_every  factorise at every so many updates (and at the first statistics); `update(..., refresh=True | False)` decides otherwise
+    average        "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": the old weight is min(1 − 1/k, β) at the k-th
+                   statistics
+    refresh_every  factorise at every so many updates, and at each of the first so many, while the averages are young;
+                   `update(..., refresh=True | False)` decides otherwise
 
-    State: `KFacState`, a NamedTuple of tensors. Under vmap and torch.compile pass `refresh=` explicitly, or use refresh_every=1.
-    Raises HyperparameterError for values without meaning. Source: Martens & Grosse 2015 (1503.05671).
+    State: `KFacState`, a NamedTuple of tensors. Under vmap and torch.compile pass `refresh=` explicitly, or use
+    refresh_every=1. Raises HyperparameterError for values without meaning. Source: Martens & Grosse 2015 (1503.05671).
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> step = kf.value_grad_and_stats(fn, kf.losses.mse())

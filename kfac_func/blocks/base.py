@@ -2,13 +2,15 @@
 
     layer kinds ──►  block uses: inputs a, output gradients g  ──► curvature structures
 
-A *block* is one weight with its optional bias. Every place where the model reads the weight is a *use*. A use carries the raw layer
-input and the gradients [V, *output] of V output vectors; its `Kind` knows how to turn both into rows. Notation of the whole house:
+A *block* is one weight with its optional bias. Every place where the model reads the weight is a *use*. A use carries
+the raw layer input and the gradients [V, *output] of V output vectors; its `Kind` knows how to turn both into rows.
+Notation of the whole house:
 
-    W̄ = [W | b]          [o, i + 1]   the block as a matrix (the homogeneous 1 is last); grouped layers have a leading [q]
-    a, g                  rows of one example at one shared position; S positions per use, T of all uses of a block, N examples
-    V_n = Σ_s g[n,s] ā[n,s]ᵀ           the gradient of example n
-    A = 1/(N T) Σ ā āᵀ     G = 1/(N T) Σ g gᵀ     F ≈ T · (G ⊗ A)
+    W̄ = [W | b]                the block as a matrix [o, i + 1]; the homogeneous 1 is last; [q, ...] for q groups
+    N, S, T                     examples; shared positions of one use; positions of all uses of a block
+    a, g                        rows of one example at one shared position
+    V_n = Σ_s g[n,s] ā[n,s]ᵀ    the gradient of example n
+    A = 1/(N T) Σ ā āᵀ          G = 1/(N T) Σ g gᵀ          F ≈ T · (G ⊗ A)
 
 The numbers N and T are decided in `estimators/statistics.py` and arrive here as `Block.examples` and `Block.positions`.
 """
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
 
 class Diagonal(NamedTuple):
     """A symmetric matrix that is diagonal: its diagonal [..., d]."""
@@ -32,8 +35,8 @@ Factor = Tensor | Diagonal
 class Layout(NamedTuple):
     """How the parameter leaves of a block form the array V that structures see. Hashable.
 
-    A matrix block is V [o, i(+1)], or [q, o, i(+1)] when grouped; `order` permutes the weight's dimensions to (q, o, i) order.
-    A vector block (scale and shift, or an unclaimed leaf) is V [p], its leaves flattened one after the other.
+    A matrix block is V [o, i(+1)], or [q, o, i(+1)] when grouped; `order` permutes the weight's dimensions to (q, o,
+    i) order. A vector block (scale and shift, or an unclaimed leaf) is V [p], its leaves flattened one after the other.
     """
 
     name: str  # the tree path of the weight
@@ -64,9 +67,11 @@ class Kind(NamedTuple):
 
     rows(x, options) -> [B, S, (q), i]              the inputs, without the homogeneous 1
     output_rows(g, options) -> [V, B, S, (q), o]    the output gradients
-    gradient(x, g, options) -> [(q), o, i] or [p]   Σ over all examples for one output vector (matrix kinds: without the bias)
+    gradient(x, g, options) -> [(q), o, i] or [p]   Σ over all examples for one output vector (matrix kinds: without
+                                                    the bias)
     moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ
     per_example(x, g, options) -> [V, B, p]         vector kinds only: the gradients V_n of scale and shift
+    kept(x, options) -> number                      matrix kinds with padding: how many of the B·S rows are not padding
 
     A vector kind has `rows`, `output_rows`, `moment` None; a matrix kind has `per_example` None.
     """
@@ -77,15 +82,33 @@ class Kind(NamedTuple):
     output_rows: Callable[..., Tensor] | None = None
     moment: Callable[..., Factor] | None = None
     per_example: Callable[..., Tensor] | None = None
+    kept: Callable[..., Tensor] | None = None
+
+
+class Moments(NamedTuple):
+    """The second moments of a block, all of them MEANS over examples: F ≈ (T²/kept) · (G ⊗ A).
+
+    a [(q), i(+1), i(+1)] and g [(q), o, o] are means over the N·T rows; `positions` is T and `kept` the mean number
+    of rows per example that are not padding, both 0-dim. Rows of padding are zero in A and in G, which T²/kept makes
+    good.
+    """
+
+    a: Factor
+    g: Factor
+    positions: Tensor
+    kept: Tensor
 
 
 class UseRule(NamedTuple):
-    """What is static about one use. `transposed`: the use sees the transpose of the block's matrix (tied embedding and head)."""
+    """What is static about one use. `transposed`: the use sees the transpose of the block's matrix (tied embedding
+    and head).
+    """
 
     kind: Kind
     options: tuple
     where: Where | None
-    positions: int  # S, shared positions of one example
+    positions: int  # S, shared positions of one example (padding included)
+    width: int = 0  # o, outputs per group of this use
     transposed: bool = False
 
 

@@ -1,6 +1,10 @@
-"""Arithmetic on factors: symmetric matrices that are dense or diagonal, with an optional group dimension [q] in front."""
+"""Arithmetic on factors: symmetric matrices that are dense or diagonal, with an optional group dimension [q] in
+front.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +34,7 @@ def balanced(a: Factor, g: Factor) -> tuple[Factor, Factor]:
     return scaled(a, c), scaled(g, 1 / c)
 
 
-def add(items: list) -> Factor:
+def add(items: list) -> Any:
     """The sum of factors; dense as soon as one of them is."""
     dense = [item for item in items if not isinstance(item, Diagonal)]
     diagonal = [item.values for item in items if isinstance(item, Diagonal)]

@@ -41,7 +41,9 @@ def unpack(layout: Layout, v: Tensor, shapes: dict[str, torch.Size]) -> dict[str
         columns = v.shape[-1] - (layout.bias is not None)
         permuted = [layout.shape[d] for d in layout.order]
         inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
-        found[layout.weight] = v[..., :columns].reshape(permuted).permute(inverse).contiguous()
+        found[layout.weight] = (
+            v[..., :columns].reshape(permuted).permute(inverse).clone(memory_format=torch.contiguous_format)
+        )
     if layout.bias is not None:
         found[layout.bias] = v[..., -1].reshape(shapes[layout.bias]).clone()
     return found

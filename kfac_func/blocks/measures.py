@@ -1,52 +1,56 @@
-"""What structures ask a block for: factors A and G, the exact diagonal, per-example gradients; and the gradient itself."""
+"""What structures ask a block for: factors A and G, the exact diagonal, per-example gradients; and the gradient
+itself.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Use
-from kfac_func.blocks.factors import add, balanced, scaled
+from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Moments, Use
+from kfac_func.blocks.factors import add, scaled
 from kfac_func.blocks.rows import examples_first, input_rows, output_rows, second_moment, with_constant
 
 
-def kronecker_moments(block: Block) -> tuple[Factor, Factor]:
-    """The factors A [(q), i(+1), i(+1)] and G [(q), o, o] of a block, means over examples and positions.
+def kronecker_moments(block: Block) -> tuple[Moments, ...]:
+    """The moments of a block: one set, or two when some uses see the transposed matrix (an embedding tied to an
+    output head).
 
-    Uses that see the transposed matrix (an embedding tied to an output head) exchange the roles of a and g. Their pair and the pair of
-    the other uses are first scaled to equal mean eigenvalues, (A·c, G/c), so that activations and gradients are added in one unit.
+    In the second set a and g have exchanged their roles, so that both describe the same V.
     """
-    plain = [use for use in block.uses if not use.rule.transposed]
-    turned = [use for use in block.uses if use.rule.transposed]
-    if not turned:
-        return _moments(block, plain)
-    pairs = [(_positions(block, turned), *reversed(balanced(*_moments(block, turned))))]
-    if plain:
-        pairs.append((_positions(block, plain), *balanced(*_moments(block, plain))))
-    return (
-        add([scaled(a, t / block.positions) for t, a, _ in pairs]),
-        add([scaled(g, t / block.positions) for t, _, g in pairs]),
-    )
+    sides = ([use for use in block.uses if use.rule.transposed is side] for side in (False, True))
+    plain, turned = (_moments(block, uses) if uses else () for uses in sides)
+    return (*plain, *(Moments(m.g, m.a, m.positions, m.kept) for m in turned))
 
 
-def _positions(block: Block, uses: list[Use]) -> int:
-    return len(uses) if block.sharing == "reduce" else sum(use.rule.positions for use in uses)
-
-
-def _moments(block: Block, uses: list[Use]) -> tuple[Factor, Factor]:
-    total = _positions(block, uses)
+def _moments(block: Block, uses: list[Use]) -> tuple[Moments]:
+    total = len(uses) if block.sharing == "reduce" else sum(use.rule.positions for use in uses)
     bias = block.layout.bias is not None
-    inputs = add([scaled(_input_moment(use, block.sharing, bias), 1 / (_batch(block, use) * total)) for use in uses])
+    a = add([scaled(_input_moment(use, block.sharing, bias), 1 / (_batch(block, use) * total)) for use in uses])
+    like = a.values if isinstance(a, Diagonal) else a
+    positions = torch.full((), float(total), dtype=like.dtype, device=like.device)
+    kept = sum((_kept(block, use, positions) for use in uses), start=torch.zeros_like(positions))
     if uses[0].grads is None:
-        like = inputs.values if isinstance(inputs, Diagonal) else inputs
-        shape = (block.layout.groups, block.layout.outputs) if block.layout.groups > 1 else (block.layout.outputs,)
-        return inputs, Diagonal(torch.ones(shape, dtype=like.dtype, device=like.device))
+        width = uses[0].rule.width
+        shape = (block.layout.groups, width) if block.layout.groups > 1 else (width,)
+        g = Diagonal(torch.ones(shape, dtype=like.dtype, device=like.device))
+        return (Moments(a, g, positions, kept),)
     outputs = [output_rows(use, block.sharing).flatten(0, 2) for use in uses]
-    return inputs, add([second_moment(rows) for rows in outputs]) / (block.examples * total)
+    g = add([second_moment(rows) for rows in outputs]) / (block.examples * total)
+    return (Moments(a, g, positions, kept),)
 
 
 def _batch(block: Block, use: Use) -> int:
     return 1 if use.rule.where is None else block.examples
+
+
+def _kept(block: Block, use: Use, like: Tensor) -> Tensor:
+    """Rows of one example that are not padding."""
+    if block.sharing == "reduce":
+        return torch.ones_like(like)
+    if use.rule.kind.kept is None:
+        return torch.full_like(like, float(use.rule.positions))
+    return use.rule.kind.kept(use.inputs, use.rule.options).to(like.dtype) / _batch(block, use)
 
 
 def _input_moment(use: Use, sharing: str, bias: bool) -> Factor:
@@ -56,15 +60,25 @@ def _input_moment(use: Use, sharing: str, bias: bool) -> Factor:
 
 
 def per_example(block: Block) -> Tensor:
-    """The gradients V_{v,n} of every output vector and example, [V, B, *V]. Large: structures use it in chunks or not at all."""
-    if not block.layout.matrix:
-        return add([_vector_gradients(use) for use in block.uses])
-    return add([_matrix_gradients(use, block) for use in block.uses])
+    """The gradients V_{v,n} of every output vector and example, [V, B, *V]. Large: structures use it in chunks or not
+    at all.
+
+    B = N; but B = 1, the sum over the examples, as soon as one use is shared by all of them. Its vectors have mean
+    zero then, so that squares of the sum estimate the sum of squares.
+    """
+    if block.layout.matrix:
+        parts = [_matrix_gradients(use, block) for use in block.uses]
+    else:
+        parts = [_vector_gradients(use) for use in block.uses]
+    if any(use.rule.where is None for use in block.uses):
+        parts = [part.sum(dim=1, keepdim=True) for part in parts]
+    return add(parts)
 
 
 def _vector_gradients(use: Use) -> Tensor:
     kind, options, where = use.rule.kind, use.rule.options, use.rule.where
-    assert kind.per_example is not None and use.grads is not None
+    assert kind.per_example is not None
+    assert use.grads is not None
     found = kind.per_example(examples_first(use.inputs, where), examples_first(use.grads, where, lead=1), options)
     return found if where is None else found.unflatten(1, (-1, where.fold)).sum(dim=2)
 
@@ -76,7 +90,9 @@ def _matrix_gradients(use: Use, block: Block) -> Tensor:
 
 
 def squares(block: Block) -> Tensor:
-    """The exact diagonal (1/N) Σ_{v,n} V_{v,n}∘V_{v,n}, with the shape of V. Gradients of one example are summed before squaring."""
+    """The exact diagonal (1/N) Σ_{v,n} V_{v,n}∘V_{v,n}, with the shape of V. Gradients of one example are summed
+    before squaring.
+    """
     if block.uses[0].grads is None:
         return _squares_without_vectors(block)
     single = len(block.uses) == 1 and (block.sharing == "reduce" or block.uses[0].rule.positions == 1)
@@ -94,9 +110,15 @@ def _squares_without_vectors(block: Block) -> Tensor:
     dtype = torch.float32 if not like.is_floating_point() or like.itemsize < 4 else like.dtype
     if not block.layout.matrix:
         return torch.ones(block.layout.outputs, dtype=dtype, device=like.device)
-    a, _ = kronecker_moments(block)
-    diagonal = a.values if isinstance(a, Diagonal) else a.diagonal(dim1=-2, dim2=-1)
-    return block.positions * diagonal.unsqueeze(-2).repeat_interleave(block.layout.outputs, dim=-2)
+    sides = [
+        m.positions**2 / m.kept.clamp(min=1) * _diagonal(m.g).unsqueeze(-1) * _diagonal(m.a).unsqueeze(-2)
+        for m in kronecker_moments(block)
+    ]
+    return add(sides)
+
+
+def _diagonal(factor: Factor) -> Tensor:
+    return factor.values if isinstance(factor, Diagonal) else factor.diagonal(dim1=-2, dim2=-1)
 
 
 def gradient(layout: Layout, uses: tuple[Use, ...]) -> Tensor:

@@ -1,4 +1,6 @@
-"""The rows of a use: inputs [B, S, (q), i] and output gradients [V, B, S, (q), o], one per example and shared position."""
+"""The rows of a use: inputs [B, S, (q), i] and output gradients [V, B, S, (q), o], one per example and shared
+position.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def input_rows(use: Use, sharing: str) -> Tensor:
-    """The inputs of a use as rows [B, S, (q), i], without the homogeneous 1; S = 1 (their mean) for sharing "reduce"."""
+    """The inputs of a use as rows [B, S, (q), i], without the homogeneous 1; S = 1 (their mean) for sharing
+    "reduce".
+    """
     rule = use.rule
     assert rule.kind.rows is not None
     rows = rule.kind.rows(examples_first(use.inputs, rule.where), rule.options)
@@ -37,7 +41,8 @@ def input_rows(use: Use, sharing: str) -> Tensor:
 def output_rows(use: Use, sharing: str) -> Tensor:
     """The output gradients of a use as rows [V, B, S, (q), o]; S = 1 (their sum) for sharing "reduce"."""
     rule = use.rule
-    assert rule.kind.output_rows is not None and use.grads is not None
+    assert rule.kind.output_rows is not None
+    assert use.grads is not None
     rows = rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options)
     rows = _precise(_unfold_examples(rows, rule.where, lead=1))
     return rows.sum(dim=2, keepdim=True) if sharing == "reduce" else rows

@@ -1,4 +1,6 @@
-"""What becomes of every parameter: claimed by a kind, unclaimed under a policy the user chose, or unused. Nothing is skipped."""
+"""What becomes of every parameter: claimed by a kind, unclaimed under a policy the user chose, or unused. Nothing is
+skipped.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Literal, TypeAlias
 from kfac_func._errors import CaptureError, HyperparameterError, UncapturedParameterError, explain
 
 Policy: TypeAlias = Literal["diagonal", "identity"]
-"""For a parameter without a kind: the diagonal of the curvature (estimated from zero-mean vectors), or no preconditioning."""
+"""For a parameter without a kind: the diagonal of the curvature (estimated from zero-mean vectors), or no
+preconditioning.
+"""
 
 Unclaimed: TypeAlias = Policy | Mapping[str, Policy]
 
@@ -20,23 +24,34 @@ def check_policies(unclaimed: Unclaimed) -> dict[str, Policy]:
     for pattern, policy in rules.items():
         if policy not in ("diagonal", "identity"):
             raise HyperparameterError(
-                explain(f"unknown policy for the parameters {pattern!r}.", got=repr(policy), wanted="'diagonal' or 'identity'")
+                explain(
+                    f"unknown policy for the parameters {pattern!r}.",
+                    got=repr(policy),
+                    wanted="'diagonal' or 'identity'",
+                )
             )
     return rules
 
 
-def choose(paths: tuple[str, ...], strays: dict[str, list[str]], rules: dict[str, Policy], strict: bool) -> dict[str, Policy]:
+def choose(
+    paths: tuple[str, ...], strays: dict[str, list[str]], rules: dict[str, Policy], strict: bool
+) -> dict[str, Policy]:
     """The policy of every leaf that is not claimed.
 
-    A rule that names a path (or a pattern other than "*") takes the leaf from its kind; "*" speaks only of leaves without one.
-    Raises UncapturedParameterError when `strict` and a leaf without a kind has no rule, CaptureError when a rule matches no leaf.
+    A rule that names a path (or a pattern other than "*") takes the leaf from its kind; "*" speaks only of leaves
+    without one. Raises UncapturedParameterError when `strict` and a leaf without a kind has no rule, CaptureError
+    when a rule matches no leaf.
     """
     chosen: dict[str, Policy] = {}
     for pattern, policy in rules.items():
         matched = [path for path in paths if fnmatchcase(path, pattern)]
         if not matched:
             raise CaptureError(
-                explain(f"the policy for {pattern!r} matches no parameter.", got=", ".join(map(repr, paths[:20])), options="mend the path")
+                explain(
+                    f"the policy for {pattern!r} matches no parameter.",
+                    got=", ".join(map(repr, paths[:20])),
+                    options="mend the path",
+                )
             )
         for path in matched:
             if path in strays or pattern != "*":
@@ -44,7 +59,9 @@ def choose(paths: tuple[str, ...], strays: dict[str, list[str]], rules: dict[str
     missing = [path for path in strays if path not in chosen]
     if missing and strict:
         raise UncapturedParameterError("\n".join(_uncaptured(path, strays[path]) for path in missing))
-    return chosen | dict.fromkeys(missing, "identity")
+    for path in missing:
+        chosen[path] = "identity"
+    return chosen
 
 
 def _uncaptured(path: str, ops: list[str]) -> str:
@@ -52,5 +69,5 @@ def _uncaptured(path: str, ops: list[str]) -> str:
         f"parameter {path!r} is used where K-FAC cannot see it.",
         **{"used by": ", ".join(dict.fromkeys(ops))},
         wanted="the parameter itself as weight of linear, conv, embedding, norm, matmul or einsum",
-        options=f"write the use that way; or unclaimed={{{path!r}: 'diagonal'}} (or 'identity'); or strict=False (identity)",
+        options=f"write the use that way; or unclaimed={{{path!r}: 'diagonal'}} (or 'identity'); or strict=False",
     )

@@ -14,12 +14,13 @@ from kfac_func._typing import Model
 def make_functional(module: nn.Module) -> tuple[Model, dict[str, Tensor]]:
     """Split a module into a pure function `fn(params, inputs) -> outputs` and its parameters.
 
-    `params` is a flat dict name -> tensor: copies, so later changes of the module change nothing here and the other way round. `inputs`
-    is a tensor, a tuple (positional arguments) or a dict (keyword arguments), with the examples in the first dimension. Buffers (the
-    running statistics of a batch norm in eval mode, say) are copied once and are constants of `fn`. Tied parameters appear once.
+    `params` is a flat dict name -> tensor: copies, so later changes of the module change nothing here and the other
+    way round. `inputs` is a tensor, a tuple (positional arguments) or a dict (keyword arguments), with the examples
+    in the first dimension. Buffers (the running statistics of a batch norm in eval mode, say) are copied once and are
+    constants of `fn`. Tied parameters appear once.
 
-    Raises CaptureError for a DistributedDataParallel module (`torch.func.grad` through it returns the LOCAL gradient without a word),
-    and, when `fn` is called, for a batch norm in training mode, which would write into its buffers.
+    Raises CaptureError for a DistributedDataParallel module (`torch.func.grad` through it returns the LOCAL gradient
+    without a word), and, when `fn` is called, for a batch norm in training mode, which would write into its buffers.
 
         >>> fn, params = make_functional(nn.Linear(3, 2))
         >>> sorted(params), fn(params, torch.ones(5, 3)).shape

@@ -1,7 +1,8 @@
 """The static half of capture: which uses there are, what kind they have, and which parameters they claim.
 
-A plan is made from two runs of the model on one and on two examples: the dimension of a use's output that grows is where its examples
-are. A use that does not grow (a position embedding of `arange(T)`) is shared by all examples. A plan does not depend on the batch size.
+A plan is made from two runs of the model on one and on two examples: the dimension of a use's output that grows is
+where its examples are. A use that does not grow (a position embedding of `arange(T)`) is shared by all examples. A
+plan does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as _wrapped
 
 from kfac_func import _tree, layers
 from kfac_func._errors import BatchError, CaptureError, explain
@@ -40,7 +42,9 @@ class PlannedBlock(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is captured, hashable. `unclaimed` gives the policy of leaves without a kind; `unused` lists leaves never read."""
+    """What is captured, hashable. `unclaimed` gives the policy of leaves without a kind; `unused` lists leaves never
+    read.
+    """
 
     paths: tuple[str, ...]
     taps: tuple[TapRule, ...]
@@ -55,7 +59,9 @@ class Plan(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether a use is shared by all examples or a leaf's diagonal is wanted, so that vectors need a mean of zero."""
+        """Whether a use is shared by all examples or a leaf's diagonal is wanted, so that vectors need a mean of
+        zero.
+        """
         return any(tap.where is None for tap in self.taps) or any(policy == "diagonal" for _, policy in self.unclaimed)
 
 
@@ -73,11 +79,15 @@ def batch_size(inputs: Any) -> int:
     return tensors[0].shape[0]
 
 
-def make_plan(fn: Model, params: PyTree, inputs: Any, *, strict: bool = True, unclaimed: Unclaimed | None = None) -> Plan:
+def make_plan(
+    fn: Model, params: PyTree, inputs: Any, *, strict: bool = True, unclaimed: Unclaimed | None = None
+) -> Plan:
     """Find the uses of all parameters of `fn(params, inputs)`.
 
-    strict      raise UncapturedParameterError for a parameter used where no layer kind can see it (False: leave it unpreconditioned)
-    unclaimed   the policy "diagonal" or "identity" of such parameters: one for all, or by path or pattern {"head.*": "diagonal"}
+    strict      raise UncapturedParameterError for a parameter used where no layer kind can see it (False: leave it
+                unpreconditioned)
+    unclaimed   the policy "diagonal" or "identity" of such parameters: one for all, or by path or pattern {"head.*":
+                "diagonal"}
 
     Costs two runs of the model on one and two examples; random number generators are left as they were.
 
@@ -110,7 +120,9 @@ def make_plan(fn: Model, params: PyTree, inputs: Any, *, strict: bool = True, un
         if not any(ref.path in chosen for ref in (a.weight or a.bias,) if ref is not None)
     ]
     taps = tuple(
-        TapRule(_owner(found), found.kind.name, tuple(found.output.shape), where, found.output.dtype, found.output.device)
+        TapRule(
+            _owner(found), found.kind.name, tuple(found.output.shape), where, found.output.dtype, found.output.device
+        )
         for found, _, where in kept
     )
     blocks = tuple(_blocks([(found, where) for found, _, where in kept]))
@@ -140,12 +152,12 @@ def _run(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any) -> t
 
 
 def _examples(inputs: Any, count: int, wanted: int) -> Any:
-    """The first example of a batch, once or twice."""
+    """The first example of a batch, or the first two (the first one twice in a batch of one)."""
 
     def take(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
             return leaf
-        return torch.cat([leaf[:1]] * wanted)
+        return leaf[:wanted] if count >= wanted else torch.cat([leaf[:1]] * wanted)
 
     return _tree.tree_map(take, inputs)
 
@@ -167,6 +179,15 @@ def _where(one: Found, two: Found) -> Where | None:
     if not grown:
         return None
     if len(a) == len(b) and len(grown) == 1 and b[grown[0]] == 2 * a[grown[0]]:
+        if _interleaved(one.output, two.output, grown[0]):
+            raise CaptureError(
+                explain(
+                    f"the examples are interleaved in the input of {one.kind.name} with {_owner(one)!r}.",
+                    got="consecutive rows belong to different examples (positions first, then examples)",
+                    wanted="a dimension of their own for the examples, or all rows of one example together",
+                    options="flatten [examples, positions, ...], not [positions, examples, ...]; or do not flatten",
+                )
+            )
         return Where(grown[0], a[grown[0]])
     raise CaptureError(
         explain(
@@ -178,8 +199,22 @@ def _where(one: Found, two: Found) -> Where | None:
     )
 
 
+def _interleaved(one: Tensor, two: Tensor, dim: int) -> bool:
+    """Whether every second of the folded rows, and not the first half, is the first example. Not asked of traced
+    tensors.
+    """
+    fold = one.shape[dim]
+    if fold == 1 or torch.compiler.is_compiling() or _wrapped(two):
+        return False
+    own = one.movedim(dim, 0)
+    both = two.movedim(dim, 0)
+    return bool((both[::2] - own).norm() < (both[:fold] - own).norm())
+
+
 def _blocks(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
-    """Group the uses by weight; a bias joins its weight when it belongs to that weight alone, else it is a block of its own."""
+    """Group the uses by weight; a bias joins its weight when it belongs to that weight alone, else it is a block of
+    its own.
+    """
     owners: dict[str, list[int]] = {}
     for index, (found, _) in enumerate(uses):
         owners.setdefault(_owner(found), []).append(index)
@@ -196,12 +231,14 @@ def _blocks(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
         turned = [_transposed(base, found, name) for found, _ in mine]
         joint = joint and not any(turned)
         layout = _layout(name, base, biases.pop() if joint else None)
-        rules = [UseRule(f.kind, f.options, w, f.positions, t) for (f, w), t in zip(mine, turned, strict=True)]
+        rules = [
+            UseRule(f.kind, f.options, w, f.positions, f.outputs, t) for (f, w), t in zip(mine, turned, strict=True)
+        ]
         blocks.append(PlannedBlock(layout, tuple(zip(indices, rules, strict=True))))
         for index in [] if joint else indices:
             found, where = uses[index]
             if found.bias is not None:
-                rule = UseRule(layers.bias, (False,), where, found.positions)
+                rule = UseRule(layers.bias, (False,), where, found.positions, found.outputs)
                 lone.setdefault(found.bias.path, (found, []))[1].append((index, rule))
     return blocks + [PlannedBlock(_lone_layout(found, name), tuple(rules)) for name, (found, rules) in lone.items()]
 
@@ -227,14 +264,16 @@ def _lone_layout(found: Found, name: str) -> Layout:
 
 
 def _transposed(base: Found, found: Found, name: str) -> bool:
-    """Whether a use sees the transpose of the block's matrix. Raises CaptureError when two uses do not fit each other at all."""
+    """Whether a use sees the transpose of the block's matrix. Raises CaptureError when two uses do not fit each other
+    at all.
+    """
     if (found.order, found.groups, found.kind.rows is None) == (base.order, base.groups, base.kind.rows is None):
         return False
     if found.groups == base.groups == 1 and len(base.order) == 2 and found.order == base.order[::-1]:
         return True
     raise CaptureError(
         explain(
-            f"parameter {name!r} is used by {base.kind.name} and by {found.kind.name} in ways that do not form one block.",
+            f"parameter {name!r} is used by {base.kind.name} and by {found.kind.name}: they do not form one block.",
             options=f"use two parameters; or unclaimed={{{name!r}: 'diagonal'}}",
         )
     )

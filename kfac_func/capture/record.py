@@ -17,7 +17,9 @@ from kfac_func.layers import Found
 
 
 class Record(NamedTuple):
-    """outputs [N, ...], the inputs of every tap, and `pullback(c) -> (gradients at the taps, gradients of unclaimed leaves)`."""
+    """outputs [N, ...], the inputs of every tap, and `pullback(c) -> (gradients at the taps, gradients of unclaimed
+    leaves)`.
+    """
 
     outputs: Tensor
     inputs: tuple[Tensor, ...]
@@ -29,8 +31,8 @@ class Record(NamedTuple):
 def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
     """One forward pass of `fn` with taps at all uses of the plan.
 
-    Raises PlanMismatchError when the model does something else than the plan says, BatchError for an empty batch or outputs that
-    do not have the examples in the first dimension.
+    Raises PlanMismatchError when the model does something else than the plan says, BatchError for an empty batch or
+    outputs that do not have the examples in the first dimension.
     """
     count = batch_size(inputs)
     leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
@@ -50,7 +52,8 @@ def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
             raise _mismatch(f"{len(watch.found)} uses", f"{len(plan.taps)} uses")
         return outputs, tuple(found.inputs for found in watch.found)
 
-    outputs, pullback, recorded = torch.func.vjp(taped, probes, rest, has_aux=True)
+    outputs, pullback, *aux = torch.func.vjp(taped, probes, rest, has_aux=True)
+    (recorded,) = aux
     if outputs.ndim == 0 or outputs.shape[0] != count:
         raise BatchError(
             explain(

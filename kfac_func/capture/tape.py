@@ -1,11 +1,12 @@
 """The dynamic half of capture: run the model once, recognise the uses of parameters, and tap their outputs.
 
-A *tap* is the identity on a use's output with a second argument, the probe, whose gradient is the output's. Probes are zeros without
-storage, so
+A *tap* is the identity on a use's output with a second argument, the probe, whose gradient is the output's. Probes
+are zeros without storage, so
 
     outputs, pullback, inputs = torch.func.vjp(taped model, probes, rest, has_aux=True)
 
-costs one forward pass, and every call of `pullback` gives the output gradients of all recorded uses for one output vector.
+costs one forward pass, and every call of `pullback` gives the output gradients of all recorded uses for one output
+vector.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kfac_func import layers
 from kfac_func.layers import Call, Found, Ref
+
 
 class Tap(torch.autograd.Function):
     """(out, probe) -> out, whose backward hands the gradient to both."""
@@ -42,11 +44,14 @@ class Tap(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return tangents[0].view_as(tangents[0])
 
+
 def tap(out: Tensor, probe: Tensor) -> Tensor:
     """Pass `out` through and give its gradient to `probe` as well."""
-    if torch.compiler.is_compiling():  # Dynamo loses the gradient of an unused input; the compiler fuses the addition away
+    if (
+        torch.compiler.is_compiling()
+    ):  # Dynamo loses the gradient of an unused input; the compiler fuses the addition away
         return out + probe
-    return Tap.apply(out, probe)  # type: ignore[return-value]
+    return Tap.apply(out, probe)
 
 
 class Stray(NamedTuple):
@@ -55,12 +60,16 @@ class Stray(NamedTuple):
     path: str
     op: str
 
+
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_TURNS = (Tensor.T.__get__, Tensor.mT.__get__, torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute)  # type: ignore[attr-defined]
+_T, _MT = vars(torch._C.TensorBase)["T"].__get__, vars(torch._C.TensorBase)["mT"].__get__
+_TURNS = (_T, _MT, torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute)
 _COPIES = (torch.clone, Tensor.clone, Tensor.contiguous)
 
+
 class Watch(TorchFunctionMode):
-    """Recognises the uses of parameter leaves, by identity, and passes every recognised output through `tap(index, found)`.
+    """Recognises the uses of parameter leaves, by identity, and passes every recognised output through `tap(index,
+    found)`.
 
     After the run: `found` lists the recognised uses in order, `strays` the uses that no kind can see.
     """
@@ -92,7 +101,7 @@ class Watch(TorchFunctionMode):
         if func in _ADDS and self._add_bias(args, kwargs):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if isinstance(result, (Tensor, tuple, list)):
+        if any(True for _ in _tensors(result)):  # reading a shape or a dtype is no use
             self._touch(tensors, func)
             for tensor in tensors:
                 if tensor in self.known and not self._follow(func, args, kwargs, result):
@@ -144,17 +153,17 @@ class Watch(TorchFunctionMode):
             self.known[result] = ref
             return True
         if func in _TURNS:
-
             self.known[result] = ref._replace(order=_turned(func, ref.order, args[1:]))
             return True
         return False
+
 
 def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:
     if func in (torch.permute, Tensor.permute):
         dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
         return tuple(order[d] for d in dims)
     one, two = args if args else (-1, -2)
-    if func is Tensor.T.__get__:  # type: ignore[attr-defined]
+    if func == _T:
         return order[::-1]
     if len(order) < 2:
         return order
@@ -162,12 +171,14 @@ def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:
     turned[one], turned[two] = turned[two], turned[one]
     return tuple(turned)
 
+
 def _tensors(value: Any) -> Any:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
 
 def name_of(func: Any) -> str:
     """The name of a torch function as users know it."""

@@ -1,4 +1,6 @@
-"""The protocols of curvature: `Structure` for one block, `Curvature` for the whole tree. Both are values, not base classes."""
+"""The protocols of curvature: `Structure` for one block, `Curvature` for the whole tree. Both are values, not base
+classes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from kfac_func import _tree
 
 
 class Structure(NamedTuple):
-    """An approximation of the curvature F of one block, as pure functions. V is the block's array [o, i], [q, o, i] or [p].
+    """An approximation of the curvature F of one block, as pure functions. V is the block's array [o, i], [q, o, i]
+    or [p].
 
-    measure(block) -> moments                    what a batch says: MEANS over examples, so they average over micro-batches and ranks
+    measure(block) -> moments                    what a batch says: MEANS over examples, so they average over
+                                                 micro-batches and ranks
     absorb(state, moments, fraction) -> state    moving average, state + fraction · (moments − state); cheap
     factorize(state, damping, split) -> factored what `solve` needs; dear. `damping` in units of F
     solve(factored, v) -> v                      (F̂ + λ)⁻¹ v: linear, symmetric positive definite; cheap
-    dense(state) -> [p, p]                       F̂ without damping, on row-major vec(V): the oracle, never used in training
+    dense(state) -> [p, p]                       F̂ without damping, on row-major vec(V): the oracle, never used in
+                                                 training
     matrix                                       whether it needs a matrix block
 
     State and factored are NamedTuples of tensors.
@@ -42,7 +47,6 @@ class Curvature(NamedTuple):
     factorize(state, damping, split) -> factored
     solve(factored, vs) -> vs
     dense(state) -> one dense matrix per block
-    label(name) -> the structure of a block, for `describe`
     """
 
     name: str
@@ -56,7 +60,7 @@ class Curvature(NamedTuple):
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:
     """state + fraction · (moments − state), leaf by leaf, in the dtype of the state."""
-    return _tree.tree_map(lambda x, m: x + ((m - x) * fraction).to(x.dtype), state, moments)
+    return _tree.tree_map(lambda x, m: torch.lerp(x, m.to(x.dtype), fraction.to(x.dtype)), state, moments)
 
 
 def zeros(moments: Any) -> Any:

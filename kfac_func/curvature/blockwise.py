@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kfac_func._tree import storable
 from kfac_func.blocks import Block
 from kfac_func.curvature.base import Curvature, Structure, zeros
 
@@ -17,18 +18,23 @@ class Blockwise(NamedTuple):
     vector: dict[str, Any]
 
 
-def blockwise(structure: Structure, vector: Structure) -> Curvature:
-    """Lift structures from a block to the tree: `structure` for matrix blocks, `vector` for scale-and-shift and unclaimed leaves.
+storable(Blockwise)
 
-        >>> kf.curvature.blockwise(kf.curvature.kronecker(), kf.curvature.diagonal()).name
-        'blockwise(kronecker[cholesky], diagonal)'
+
+def blockwise(structure: Structure, vector: Structure) -> Curvature:
+    """Lift structures from a block to the tree: `structure` for matrix blocks, `vector` for scale-and-shift and
+    unclaimed leaves.
+
+    >>> kf.curvature.blockwise(kf.curvature.kronecker(), kf.curvature.diagonal()).name
+    'blockwise(kronecker[cholesky], diagonal)'
     """
-    both = Blockwise(structure, vector)  # type: ignore[arg-type]
+    both = (structure, vector)
 
     def each(fn: Any, things: Blockwise, *more: Any) -> Blockwise:
-        return Blockwise(
-            *({name: fn(own, item, *(m[k][name] for m in more)) for name, item in things[k].items()} for k, own in enumerate(both))
-        )
+        def one(k: int) -> dict[str, Any]:
+            return {name: fn(both[k], item, *(m[k][name] for m in more)) for name, item in things[k].items()}
+
+        return Blockwise(one(0), one(1))
 
     def measure(blocks: dict[str, Block]) -> Blockwise:
         split = Blockwise(

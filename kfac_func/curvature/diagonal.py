@@ -2,7 +2,8 @@ r"""The exact diagonal of a block, from per-example gradients.
 
     D = (1/N) Σ_{v,n} V_{v,n} ∘ V_{v,n}          v = V ⊘ (D + λ)
 
-Every example's gradient is summed over its positions BEFORE it is squared. Source: mathematics of Kunstner et al. 2019 (1905.12558), §2.
+Every example's gradient is summed over its positions BEFORE it is squared. Source: mathematics of Kunstner et al.
+2019 (1905.12558), §2.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kfac_func._tree import storable
 from kfac_func.blocks import Block, squares
 from kfac_func.curvature.base import Structure
 
@@ -27,14 +29,17 @@ class DiagonalFactored(NamedTuple):
     inverse: Tensor
 
 
+storable(DiagonalState, DiagonalFactored)
+
+
 def diagonal() -> Structure:
     r"""The diagonal of F. `split` has no meaning here: the damping is always exact.
 
-        v = V ⊘ (D + λ),        D = (1/N) Σ_{v,n} V_{v,n}²
+    v = V ⊘ (D + λ),        D = (1/N) Σ_{v,n} V_{v,n}²
 
-        >>> d = kf.curvature.diagonal()
-        >>> d.solve(d.factorize(kf.curvature.DiagonalState(torch.ones(2)), torch.tensor(1.0), "pi"), torch.ones(2))
-        tensor([0.5000, 0.5000])
+    >>> d = kf.curvature.diagonal()
+    >>> d.solve(d.factorize(kf.curvature.DiagonalState(torch.ones(2)), torch.tensor(1.0), "pi"), torch.ones(2))
+    tensor([0.5000, 0.5000])
     """
 
     def measure(block: Block) -> DiagonalState:

@@ -1,6 +1,6 @@
 r"""No curvature: the gradient as it is, in the same place of a chain.
 
-    F = I (undamped on purpose), v = V
+F = I (undamped on purpose), v = V
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_func._tree import storable
 from kfac_func.blocks import Block
 from kfac_func.curvature.base import Structure
 
@@ -20,12 +21,16 @@ class IdentityState(NamedTuple):
     size: Tensor
 
 
-def identity() -> Structure:
-    """Leave every block as it is, whatever the damping: the baseline, and the choice for blocks that should not be preconditioned.
+storable(IdentityState)
 
-        >>> v = torch.ones(2, 3)
-        >>> kf.curvature.identity().solve((), v) is v
-        True
+
+def identity() -> Structure:
+    """Leave every block as it is, whatever the damping: the baseline, and the choice for blocks that should not be
+    preconditioned.
+
+    >>> v = torch.ones(2, 3)
+    >>> kf.curvature.identity().solve((), v) is v
+    True
     """
 
     def measure(block: Block) -> IdentityState:

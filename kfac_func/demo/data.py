@@ -27,8 +27,8 @@ def curves(count: int, generator: torch.Generator, *, sigma: float = 0.49, ink: 
         image(x) = min(1, ink · exp(-min_t |x - p(t)|² / 2σ²))
 
     `sigma` is the half width σ of the stroke in pixels, `ink` its height before clipping. The generator must be on the
-    CPU; equal seeds give equal images. With the defaults 2000 images have an entropy floor of 19.5 nats and a mean-image
-    plateau of 123.3.
+    CPU; equal seeds give equal images. With the defaults the entropy floor of 2000 images is 19.5 nats, their plateau
+    123.3.
 
     >>> images = curves(3, torch.Generator().manual_seed(0))
     >>> images.shape, bool(images.min() >= 0), bool(images.max() <= 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def autoencoder(sizes: Sequence[int], seed: int) -> nn.Sequential:
     widths = [*sizes, *reversed(sizes[:-1])]
     linear_outputs = {len(sizes) - 2, len(widths) - 2}
     layers: list[nn.Module] = []
-    for index, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for index, (d_in, d_out) in enumerate(pairwise(widths)):
         layer = nn.Linear(d_in, d_out)
         nn.init.xavier_uniform_(layer.weight, generator=generator)
         nn.init.zeros_(layer.bias)

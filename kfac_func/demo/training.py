@@ -34,7 +34,6 @@ class Problem(NamedTuple):
     sizes: tuple[int, ...]
     batch: int
     steps: int
-    methods: tuple[Method, ...]
 
 
 class Budget(NamedTuple):
@@ -123,8 +122,9 @@ def train(
         seconds += _now(target) - start
         done += 1
         if done % every == 0 or done == budget.steps:
-            for values, value in zip(history, (done, seconds, evaluate(params)), strict=True):
-                values.append(value)
+            history.steps.append(done)
+            history.seconds.append(seconds)
+            history.losses.append(evaluate(params))
             if done >= budget.steps and seconds >= budget.seconds:
                 break
         progress(done, history.losses[-1])

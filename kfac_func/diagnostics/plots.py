@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from kfac_func._errors import HyperparameterError, explain
 
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito, colour-blind safe
+# Okabe & Ito: distinguishable for colour-blind readers.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 
 

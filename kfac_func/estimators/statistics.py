@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import HyperparameterError, PlanMismatchError, explain
+from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, Layout, Use, UseRule, gradient, unpack
@@ -93,10 +93,12 @@ def value_grad_and_stats(
 ) -> Step:
     r"""Make `step(params, (inputs, targets)) -> (value, grads, stats)`: ONE forward pass for all three.
 
-    fn         pure function (params, inputs) -> outputs [N, *out]; examples are in the first dimension of inputs and outputs
+    fn         pure function (params, inputs) -> outputs [N, *out]; examples are in the first dimension of inputs and
+               outputs
     loss       from `kf.losses`; `value` is its value, `grads` the gradient of that value, a tree like `params`
     estimator  where output vectors come from; default `monte_carlo()`, one draw from the model per example
-    sharing    "expand": every shared position (token, pixel) is a row. "reduce": inputs are averaged and gradients summed over positions
+    sharing    "expand": every shared position (token, pixel) is a row. "reduce": inputs are averaged and gradients
+               summed over positions
     strict     raise UncapturedParameterError when a parameter is used where no layer kind can see it
     unclaimed  "diagonal" or "identity" for such parameters, for all or by path pattern, e.g. {"head.*": "diagonal"}
     measure    reduce the statistics to a curvature's moments at once (`blockwise(kronecker()).measure`): with
@@ -104,16 +106,19 @@ def value_grad_and_stats(
 
     The step takes further:
 
-    generator  a torch.Generator for estimators that draw; the global generator is never touched. Same seed, same statistics
+    generator  a torch.Generator for estimators that draw; the global generator is never touched. Same seed, same
+               statistics
     noise      the uniform noise in [0, 1) itself, in place of a generator (under vmap and torch.compile)
-    plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by two runs on one and two examples
+    plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by two runs
+               on one and two examples
     stats      False: value and gradient alone, by plain differentiation, and None
 
-    Weight gradients of captured layers are computed from (a, g), not by autograd; they are the same numbers. Nothing is mutated.
-    A use shared by all examples (a position embedding of `arange(T)`) and diagonals of unclaimed leaves need vectors of mean zero: for
-    `exact` and `empirical` every example's vectors then get a random sign, which leaves all other statistics as they are.
-    Raises the errors of `make_plan`, BatchError, TargetError; HyperparameterError when a draw has neither generator nor noise.
-    Source: Martens & Grosse 2015 (1503.05671); expand and reduce: Eschenhagen et al. 2023 (2311.00636).
+    Weight gradients of captured layers are computed from (a, g), not by autograd; they are the same numbers. Nothing
+    is mutated. A use shared by all examples (a position embedding of `arange(T)`) and diagonals of unclaimed leaves
+    need vectors of mean zero: for `exact` and `empirical` every example's vectors then get a random sign, which
+    leaves all other statistics as they are. Raises the errors of `make_plan`, BatchError, TargetError;
+    HyperparameterError when a draw has neither generator nor noise. Source: Martens & Grosse 2015 (1503.05671);
+    expand and reduce: Eschenhagen et al. 2023 (2311.00636).
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> step = kf.value_grad_and_stats(fn, kf.losses.mse())
@@ -203,7 +208,9 @@ def _chunks(
     if source.own and not flip:
         scale = total if loss.reduction == "sum" else n  # from ∂L/∂z to the gradient of every example's own loss
         taps, rest = own
-        yield Chunk(tuple((scale * g).unsqueeze(0) for g in taps), {p: (scale * g).unsqueeze(0) for p, g in rest.items()})
+        yield Chunk(
+            tuple((scale * g).unsqueeze(0) for g in taps), {p: (scale * g).unsqueeze(0) for p, g in rest.items()}
+        )
         return
     shape = source.noise(loss, z)
     if shape is not None and noise is None:
@@ -229,7 +236,7 @@ def _uniform(shape: tuple[int, ...], z: Tensor, generator: torch.Generator | Non
             explain(
                 f"the estimator {name} draws random numbers and got no generator.",
                 why="the global generator is never touched",
-                options="step(..., generator=torch.Generator(device).manual_seed(0)); or noise= where it draws from a given array",
+                options="step(..., generator=torch.Generator(device).manual_seed(0)); or noise=, the numbers",
             )
         )
     return torch.rand(shape, generator=generator, device=generator.device).to(z.device)
@@ -241,9 +248,13 @@ def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> St
     if not chunks:
         none = {path: run.rest[path].new_zeros(0, *run.rest[path].shape) for path in diagonal}
         return Stats(run.inputs, (), none, (), rules)
-    taps = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*(c.taps for c in chunks), strict=True))
-    rest = {path: torch.cat([chunk.rest[path] for chunk in chunks]) for path in diagonal}
+    taps = tuple(_joined([chunk.taps[k] for chunk in chunks]) for k in range(len(plan.taps)))
+    rest = {path: _joined([chunk.rest[path] for chunk in chunks]) for path in diagonal}
     return Stats(run.inputs, taps, rest, (), rules)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _measured(

@@ -20,7 +20,8 @@ class Estimator(NamedTuple):
     """A source of output vectors.
 
     noise      (loss, z) -> the shape of the uniform noise in [0, 1) that `vectors` needs, or None
-    vectors    (loss, z, targets, noise) -> iterator over chunks [K, N, *out]; the vectors of all chunks together are the estimate
+    vectors    (loss, z, targets, noise) -> iterator over chunks [K, N, *out]; the vectors of all chunks together are
+               the estimate
     chunks     (loss, z) -> the number of chunks
     zero_mean  whether the vectors of different examples are independent with mean zero
     own        whether the one vector is the gradient of the loss itself, so that no pass of its own is needed
@@ -47,11 +48,13 @@ def exact(chunk_size: int | None = None) -> Estimator:
 
         Σ_v c_v c_vᵀ = Λ_n,        one column per (position, class)
 
-    chunk_size    how many columns go back at once (a vmap over the pullback); 1 loops without vmap; None takes them all. Bounds the
-                  memory of the pass; the statistics themselves stay small only with `measure=` of `value_grad_and_stats`.
+    chunk_size    how many columns go back at once (a vmap over the pullback); 1 loops without vmap; None takes them
+                  all. Bounds the memory of the pass; the statistics themselves stay small only with `measure=` of
+                  `value_grad_and_stats`.
 
     Columns of different positions are never excited together, so models that mix positions (attention) are exact too.
-    Raises HyperparameterError for a chunk_size below 1. Source: Martens & Grosse 2015 (1503.05671), §3; Dangel et al. 2020 (1912.10985).
+    Raises HyperparameterError for a chunk_size below 1. Source: Martens & Grosse 2015 (1503.05671), §3; Dangel et al.
+    2020 (1912.10985).
 
         >>> kf.estimators.exact(chunk_size=16).name
         'exact'
@@ -121,7 +124,8 @@ def curvature_prop(samples: int = 1) -> Estimator:
 
 
 def empirical() -> Estimator:
-    r"""The gradient of each example's own loss: the empirical Fisher. Not the GGN, not even near the optimum of a misfit model.
+    r"""The gradient of each example's own loss: the empirical Fisher. Not the GGN, not even near the optimum of a
+    misfit model.
 
         c = ∂l_n/∂z_n
 
@@ -139,7 +143,8 @@ def empirical() -> Estimator:
 
 
 def forward_only() -> Estimator:
-    r"""No output vectors: G = I, so that only the inputs precondition (one-sided K-FAC). Scale and shift blocks get curvature 1.
+    r"""No output vectors: G = I, so that only the inputs precondition (one-sided K-FAC). Scale and shift blocks get
+    curvature 1.
 
     Source: Benzing 2022 (2201.12250), FOOF; Petersen et al. 2023 (2310.00137), ISAAC.
 

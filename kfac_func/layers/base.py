@@ -39,7 +39,9 @@ class Call(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A recognised use. `inputs` and `output` are in the kind's own form; `restore` gives back what the call returns."""
+    """A recognised use. `inputs` and `output` are in the kind's own form; `restore` gives back what the call
+    returns.
+    """
 
     kind: Kind
     options: tuple
@@ -61,7 +63,12 @@ Handler = Callable[[Call], Found | None]
 def refuse(path: str, op: str, got: str, why: str, options: str) -> CaptureError:
     """The error for a use that a kind recognises but cannot represent exactly."""
     return CaptureError(
-        explain(f"parameter {path!r} is used by {op} in a way that cannot be captured exactly.", got=got, why=why, options=options)
+        explain(
+            f"parameter {path!r} is used by {op} in a way that cannot be captured exactly.",
+            got=got,
+            why=why,
+            options=options,
+        )
     )
 
 
@@ -85,7 +92,7 @@ def moment_of_rows(rows: Tensor, bias: bool) -> Tensor:
     return border(moment, rows.sum(dim=0), rows.shape[0]) if bias else moment
 
 
-# ------------------------------------------------------------------ dense: inputs [B, ..., (q), i], outputs [B, ..., (q), o]
+# ------------------------------------------------------- dense: inputs [B, ..., (q), i], outputs [B, ..., (q), o]
 
 
 def _dense_rows(x: Tensor, options: tuple) -> Tensor:

@@ -4,10 +4,13 @@ A convolution is a dense layer on patches, rows in the order (C_in, k...), one r
 
     a[n, s] = patch of x at s         V_n = Σ_s g[n, s] a[n, s]ᵀ = mat(weight gradient)
 
-Padding modes other than zeros reach the call as an already padded input. Source: Grosse & Martens 2016 (1602.01407), §3.
+Padding modes other than zeros reach the call as an already padded input. Source: Grosse & Martens 2016 (1602.01407),
+§3.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,10 @@ from kfac_func.blocks import Factor, Kind
 from kfac_func.layers.base import Call, Found, Handler, moment_of_rows, ref_of
 
 
-def _tuple(value: object, dims: int) -> tuple[int, ...]:
-    return tuple(value) * (dims if len(value) == 1 else 1) if isinstance(value, (tuple, list)) else (value,) * dims  # type: ignore[return-value]
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per dimension, from a number, one number in a sequence, or the sequence."""
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return given * dims if len(given) == 1 else given
 
 
 def patches(x: Tensor, options: tuple) -> Tensor:
@@ -30,8 +35,8 @@ def patches(x: Tensor, options: tuple) -> Tensor:
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])  # a view; window dimensions come last
     x = x[(..., *(slice(None, None, step) for step in dilation))]
     x = x.movedim(1, 1 + dims)  # [B, *out, C, *kernel]
-    rows = x.flatten(1, dims).flatten(2) if groups == 1 else x.flatten(1, dims).unflatten(2, (groups, -1)).flatten(3)
-    return rows
+    rows = x.flatten(1, dims)
+    return rows.flatten(2) if groups == 1 else rows.unflatten(2, (groups, -1)).flatten(3)
 
 
 def _output_rows(g: Tensor, options: tuple) -> Tensor:
@@ -59,7 +64,9 @@ conv = Kind("conv", _gradient, patches, _output_rows, _moment)
 """`options` = (stride, padding, dilation, groups, kernel), each but groups a tuple of one number per dimension."""
 
 
-def _symmetric(x: Tensor, padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+def _symmetric(
+    x: Tensor, padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
     dims = len(kernel)
     if padding == "valid":
         return x, (0,) * dims

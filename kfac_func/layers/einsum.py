@@ -33,7 +33,11 @@ def _parse(equation: str, dims: tuple[int, int]) -> tuple[str, str, str] | None:
 
 def _contract(call: Call, x: Tensor, ref: Ref, xs: str, ws: str, out: str) -> Found | None:
     shared, summed = set(xs) & set(ws), (set(xs) | set(ws)) - set(out)
-    if any(len(set(term)) < len(term) for term in (xs, ws, out)) or not summed <= shared or not set(out) <= set(xs + ws):
+    if (
+        any(len(set(term)) < len(term) for term in (xs, ws, out))
+        or not summed <= shared
+        or not set(out) <= set(xs + ws)
+    ):
         return None
     q, i = [c for c in ws if c in shared - summed], [c for c in ws if c in summed]
     o, s = [c for c in ws if c not in xs], [c for c in xs if c not in ws]
@@ -80,7 +84,7 @@ def _einsum(call: Call) -> Found | None:
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     letters = _parse(equation, (operands[0].ndim, operands[1].ndim))
-    return None if letters is None else _operands(call, *operands, *letters)
+    return None if letters is None else _operands(call, operands[0], operands[1], *letters)
 
 
 def _product(call: Call, left: Tensor, right: Tensor) -> Found | None:
@@ -118,5 +122,10 @@ handlers: dict[object, Handler] = {
     torch.einsum: _einsum,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _rmatmul,
-} | dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul)
+}

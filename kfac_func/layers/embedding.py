@@ -2,7 +2,8 @@
 
     y[n, s] = W[token[n, s]]        block V = ∂L/∂Wᵀ  [d, vocabulary]        A = diag(frequency of each token)
 
-Positions that hold `padding_idx` give no gradient; they are left out of the frequencies and of T.
+Positions that hold `padding_idx` give no gradient; their rows are zero in A and G, and `Moments.kept` does not count
+them.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ def _moment(tokens: Tensor, options: tuple, bias: bool) -> Factor:
     del bias  # an embedding has none
     size, padding, dtype = options
     flat = tokens.flatten()
-    weights = torch.ones(flat.shape, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=flat.device)
-    if padding is not None:
-        kept = (flat != padding).to(weights.dtype)
-        weights = kept * (flat.shape[0] / kept.sum().clamp(min=1))
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    weights = torch.ones_like(flat, dtype=wide) if padding is None else (flat != padding).to(wide)
     return Diagonal(weights.new_zeros(size).index_add(0, flat, weights))
 
 
-embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment)
+def _kept(tokens: Tensor, options: tuple) -> Tensor:
+    padding = options[1]
+    return (torch.ones_like(tokens) if padding is None else tokens != padding).sum()
+
+
+embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment, kept=_kept)
 """`options` = (number of embeddings, padding index or None, dtype)."""
 
 

@@ -1,7 +1,7 @@
 """Scale and shift of layer, RMS, group and (in eval mode) batch normalisation: y = x̂ ∘ γ + β.
 
-A vector block: the gradient of one example is V_n = [Σ_s g∘x̂ | Σ_s g], summed over positions before anything is squared, so its diagonal
-is exact. The recorded input is x̂ itself.
+A vector block: the gradient of one example is V_n = [Σ_s g∘x̂ | Σ_s g], summed over positions before anything is
+squared, so its diagonal is exact. The recorded input is x̂ itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Kronecker products in the row-major convention of the house: (G ⊗ A) vec(V) = vec(G V A) for symmetric G, A and V [o, i]."""
+"""Kronecker products in the row-major convention of the house: (G ⊗ A) vec(V) = vec(G V A) for symmetric G, A and V
+[o, i].
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Symmetric positive semi-definite factors: damped inverses and eigenbases, dense or diagonal, with group dimensions in front."""
+"""Symmetric positive semi-definite factors: damped inverses and eigenbases, dense or diagonal, with group dimensions
+in front.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ Solver = Literal["cholesky", "eigh"]
 def damped_inverse(factor: Factor, shift: Tensor, solver: Solver = "cholesky") -> Factor:
     """(factor + shift · I)⁻¹, `shift` a number or one per group [q].
 
-    "cholesky" gives NaN where the damped factor is not positive definite in this precision; "eigh" cuts negative eigenvalues at 0.
+    "cholesky" gives NaN where the damped factor is not positive definite in this precision; "eigh" cuts negative
+    eigenvalues at 0.
     """
     if isinstance(factor, Diagonal):
         return Diagonal(1 / (factor.values + shift.to(factor.values.dtype)[..., None]))
@@ -30,7 +33,9 @@ def damped_inverse(factor: Factor, shift: Tensor, solver: Solver = "cholesky") -
 
 
 def eigenbasis(factor: Factor) -> tuple[Tensor, Factor]:
-    """Eigenvalues [..., d], cut at 0, and the orthogonal basis U with factor = U diag(values) Uᵀ (the identity for a diagonal)."""
+    """Eigenvalues [..., d], cut at 0, and the orthogonal basis U with factor = U diag(values) Uᵀ (the identity for a
+    diagonal).
+    """
     if isinstance(factor, Diagonal):
         return factor.values, Diagonal(torch.ones_like(factor.values))
     values, basis = torch.linalg.eigh(factor)

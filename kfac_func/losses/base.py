@@ -48,9 +48,9 @@ class Loss(NamedTuple):
     hessian        (z, targets) -> [N, D, D], Λ_n in row-major order of out
     reduction      "mean", "sum" or "batchmean"
 
-    Every function raises BatchError when z has no examples, TargetError when its arguments do not fit each other;
-    `factor` raises HyperparameterError for column numbers that do not exist. The numbers in a tensor of columns are
-    not read: one that does not exist gives a zero column.
+    Every function of targets raises BatchError when z has no examples and TargetError when its arguments do not fit
+    each other; `factor` raises HyperparameterError for a range of columns that do not exist. The numbers in a tensor
+    of columns are not read: one that does not exist gives a zero column.
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
@@ -100,13 +100,7 @@ def assemble(family: Family, reduction: str) -> Loss:
 
     def score(z: Tensor, targets: Tensor) -> Tensor:
         family.check(z, targets)
-        wide = widen(z)
-        fitted = targets.to(wide.dtype) if targets.is_floating_point() else targets
-        gradient = torch.func.grad(family.value)(wide, fitted)
-        return (gradient if reduction == "sum" else z.shape[0] * gradient).to(z.dtype)
-
-    def noise_shape(z: Tensor) -> tuple[int, ...]:
-        return family.noise_shape(z)
+        return _score(family, reduction, z, targets)
 
     def sample(z: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
         family.check(z, targets)
@@ -136,23 +130,29 @@ def assemble(family: Family, reduction: str) -> Loss:
 
     def hessian(z: Tensor, targets: Tensor) -> Tensor:
         wide, s = opened(z, targets)
-        every = _basis(_column_numbers(None, z), wide)
-        columns = s * torch.func.vmap(lambda e: family.curve(wide, e))(every)
-        return columns.reshape(len(every), z.shape[0], len(every)).movedim(0, 2).to(z.dtype)
+        columns = s * torch.func.vmap(lambda e: family.curve(wide, e))(_basis(_column_numbers(None, z), wide))
+        return columns.reshape(len(columns), z.shape[0], len(columns)).movedim(0, 2).to(z.dtype)
 
     return Loss(
-        value,
-        score,
-        noise_shape,
-        sample,
-        sampled_score,
-        outputs_per_example,
-        factor,
-        signs,
-        product,
-        hessian,
-        reduction,
+        value=value,
+        score=score,
+        noise_shape=family.noise_shape,
+        sample=sample,
+        sampled_score=sampled_score,
+        columns=outputs_per_example,
+        factor=factor,
+        signs=signs,
+        product=product,
+        hessian=hessian,
+        reduction=reduction,
     )
+
+
+def _score(family: Family, reduction: str, z: Tensor, targets: Tensor) -> Tensor:
+    wide = widen(z)
+    fitted = targets.to(wide.dtype) if targets.is_floating_point() else targets
+    gradient = torch.func.grad(family.value)(wide, fitted)
+    return (gradient if reduction == "sum" else z.shape[0] * gradient).to(z.dtype)
 
 
 def diagonal_family(
@@ -263,7 +263,7 @@ def _column_numbers(columns: Tensor | range | None, z: Tensor) -> Int[Tensor, " 
             )
         return columns.to(z.device)
     chosen = range(total) if columns is None else columns
-    if len(chosen) and not (0 <= min(chosen[0], chosen[-1]) and max(chosen[0], chosen[-1]) < total):
+    if len(chosen) and (min(chosen[0], chosen[-1]) < 0 or max(chosen[0], chosen[-1]) >= total):
         raise HyperparameterError(explain("some columns do not exist.", got=chosen, wanted=f"numbers in [0, {total})"))
     return torch.arange(chosen.start, chosen.stop, chosen.step, device=z.device)
 

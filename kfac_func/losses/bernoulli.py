@@ -42,40 +42,41 @@ def bce_with_logits(
     check_weight("weight", weight)
     check_weight("pos_weight", pos_weight)
 
-    def option(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
-        if tensor is None:
-            return None
-        missing = z.dim() - tensor.dim()
-        if missing < 0 or any(got not in (1, z.shape[missing + i]) for i, got in enumerate(tensor.shape)):
-            raise TargetError(
-                explain(f"{name} does not broadcast to the outputs.", got=list(tensor.shape), wanted=list(z.shape))
-            )
-        return tensor.to(z.dtype)
-
     def value(z: Tensor, targets: Tensor) -> Tensor:
-        total = F.binary_cross_entropy_with_logits(
-            z,
-            targets,
-            option("weight", weight, z),
-            pos_weight=option("pos_weight", pos_weight, z),
-            reduction="mean" if reduction == "mean" else "sum",
-        )
+        _check_broadcast("weight", weight, z)
+        _check_broadcast("pos_weight", pos_weight, z)
+        kind = "mean" if reduction == "mean" else "sum"
+        total = F.binary_cross_entropy_with_logits(z, targets, weight, pos_weight=pos_weight, reduction=kind)
         return total / z.shape[0] if reduction == "batchmean" else total
 
     def weights(z: Tensor, targets: Tensor) -> Tensor:
-        w, positive = option("weight", weight, z), option("pos_weight", pos_weight, z)
+        _check_broadcast("weight", weight, z)
+        _check_broadcast("pos_weight", pos_weight, z)
         y = targets.to(z.dtype)
-        s = torch.ones_like(y) if positive is None else positive * y + 1 - y
-        s = s if w is None else s * w
+        s = torch.ones_like(y) if pos_weight is None else pos_weight * y + 1 - y
+        s = s if weight is None else s * weight
         return s / outputs_per_example(z) if reduction == "mean" else s
 
-    def sample(z: Tensor, noise: Tensor) -> Tensor:
-        return (noise < z.sigmoid()).to(z.dtype)
+    return assemble(diagonal_family(value, weights, _sample, _residual, _deviation), reduction)
 
-    def residual(z: Tensor, drawn: Tensor) -> Tensor:
-        return z.sigmoid() - drawn
 
-    def deviation(z: Tensor) -> Tensor:
-        return (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp()
+def _sample(z: Tensor, noise: Tensor) -> Tensor:
+    return (noise < z.sigmoid()).to(z.dtype)
 
-    return assemble(diagonal_family(value, weights, sample, residual, deviation), reduction)
+
+def _residual(z: Tensor, drawn: Tensor) -> Tensor:
+    return z.sigmoid() - drawn
+
+
+def _deviation(z: Tensor) -> Tensor:
+    return (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp()
+
+
+def _check_broadcast(name: str, tensor: Tensor | None, z: Tensor) -> None:
+    if tensor is None:
+        return
+    missing = z.dim() - tensor.dim()
+    if missing < 0 or any(got not in (1, z.shape[missing + i]) for i, got in enumerate(tensor.shape)):
+        raise TargetError(
+            explain(f"{name} does not broadcast to the outputs.", got=list(tensor.shape), wanted=list(z.shape))
+        )

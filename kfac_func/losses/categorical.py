@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,14 @@ from kfac_func._errors import HyperparameterError, TargetError, explain
 from kfac_func.losses.base import Family, Loss, assemble, check_outputs, check_reduction, check_weight
 
 _NO_INDEX = -100
+
+
+class _Options(NamedTuple):
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    class_dim: int
 
 
 def cross_entropy(
@@ -53,84 +63,90 @@ def cross_entropy(
     >>> loss.sample(z, y, torch.tensor([0.2, 0.7]))
     tensor([0, 1])
     """
-    check_reduction(reduction)
-    check_weight("weight", weight)
-    _check_options(weight, label_smoothing, class_dim)
+    options = _Options(weight, ignore_index, label_smoothing, reduction, class_dim)
+    _check_options(options)
+    family = Family(
+        check=partial(_check, options),
+        value=partial(_value, options),
+        weights=partial(_weights, options),
+        noise_shape=partial(_noise_shape, options),
+        sample=partial(_sample, options),
+        residual=partial(_residual, options),
+        root=partial(_root, options),
+        curve=partial(_curve, options),
+    )
+    return assemble(family, reduction)
 
-    def check(z: Tensor, targets: Tensor) -> None:
-        _check_fit(z, targets, class_dim, ignore_index)
-        if weight is not None and len(weight) != z.shape[class_dim]:
-            raise TargetError(
-                explain(
-                    "the class weights do not fit the outputs.",
-                    got=f"{len(weight)} weights for {z.shape[class_dim]} classes in dimension {class_dim}",
-                    options="class_dim=... when the classes are in another dimension",
-                )
-            )
 
-    def own_weights(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of each target's class, 0 where it is ignored, and where it is ignored."""
-        ignored = indices == ignore_index
-        if weight is None:
-            return (~ignored).to(z.dtype), ignored
-        return weight.to(z.dtype)[indices.long().masked_fill(ignored, 0)].masked_fill(ignored, 0), ignored
+def _value(o: _Options, z: Tensor, targets: Tensor) -> Tensor:
+    examples, weight = z.shape[0], None if o.weight is None else o.weight.to(z.dtype)
+    kind = "sum" if o.reduction == "batchmean" else o.reduction
+    z, targets = _as_torch_wants(z, targets, o.class_dim)
+    if targets.is_floating_point():
+        total = F.cross_entropy(z, targets, weight, reduction=kind, label_smoothing=o.label_smoothing)
+    elif o.label_smoothing == 0.0:
+        total = F.cross_entropy(z, targets, weight, ignore_index=o.ignore_index, reduction=kind)
+    else:
+        # torch's own smoothing selects by mask and writes in place, which vmap refuses
+        log_p = F.log_softmax(z, 1)
+        total = F.nll_loss(log_p, targets, weight, ignore_index=o.ignore_index, reduction=kind)
+        own, ignored = _own_weights(o, z, targets)
+        smooth = -_class_sum(log_p, weight, 1).masked_fill(ignored, 0).sum()
+        smooth = smooth / own.sum() if o.reduction == "mean" else smooth
+        total = (1 - o.label_smoothing) * total + smooth * (o.label_smoothing / z.shape[1])
+    return total / examples if o.reduction == "batchmean" else total
 
-    def value(z: Tensor, targets: Tensor) -> Tensor:
-        examples, cast = z.shape[0], None if weight is None else weight.to(z.dtype)
-        kind = "sum" if reduction == "batchmean" else reduction
-        z, targets = _as_torch_wants(z, targets, class_dim)
-        if targets.is_floating_point():
-            total = F.cross_entropy(z, targets, cast, reduction=kind, label_smoothing=label_smoothing)
-        elif label_smoothing == 0.0:
-            total = F.cross_entropy(z, targets, cast, ignore_index=ignore_index, reduction=kind)
-        else:
-            # torch's own smoothing selects by mask and writes in place, which vmap refuses
-            log_p = F.log_softmax(z, 1)
-            total = F.nll_loss(log_p, targets, cast, ignore_index=ignore_index, reduction=kind)
-            own, ignored = own_weights(z, targets)
-            smooth = -_class_sum(log_p, cast, 1).masked_fill(ignored, 0).sum()
-            smooth = smooth / own.sum() if reduction == "mean" else smooth
-            total = (1 - label_smoothing) * total + smooth * (label_smoothing / z.shape[1])
-        return total / examples if reduction == "batchmean" else total
 
-    def weights(z: Tensor, targets: Tensor) -> Tensor:
-        classes, cast = z.shape[class_dim], None if weight is None else weight.to(z.dtype)
-        even = (classes if cast is None else cast.sum()) * (label_smoothing / classes)
-        if targets.is_floating_point():
-            s = (1 - label_smoothing) * _class_sum(targets.to(z.dtype), cast, class_dim) + even
-            return (s / math.prod(s.shape[1:]) if reduction == "mean" else s).unsqueeze(class_dim)
-        own, ignored = own_weights(z, targets)
-        s = ((1 - label_smoothing) * own + even).masked_fill(ignored, 0)
-        if reduction == "mean":
-            total = own.sum()
-            s = s * torch.where(total > 0, z.shape[0] / total, 0)
-        return s.unsqueeze(class_dim)
+def _weights(o: _Options, z: Tensor, targets: Tensor) -> Tensor:
+    """The curvature weight s of each position, with the class dimension kept."""
+    classes, weight = z.shape[o.class_dim], None if o.weight is None else o.weight.to(z.dtype)
+    even = (classes if weight is None else weight.sum()) * (o.label_smoothing / classes)
+    if targets.is_floating_point():
+        s = (1 - o.label_smoothing) * _class_sum(targets.to(z.dtype), weight, o.class_dim) + even
+        return (s / math.prod(s.shape[1:]) if o.reduction == "mean" else s).unsqueeze(o.class_dim)
+    own, ignored = _own_weights(o, z, targets)
+    s = ((1 - o.label_smoothing) * own + even).masked_fill(ignored, 0)
+    if o.reduction == "mean":
+        total = own.sum()
+        s = s * torch.where(total > 0, z.shape[0] / total, 0)
+    return s.unsqueeze(o.class_dim)
 
-    def noise_shape(z: Tensor) -> tuple[int, ...]:
-        dim = class_dim % z.dim()
-        return (*z.shape[:dim], *z.shape[dim + 1 :])
 
-    def sample(z: Tensor, noise: Tensor) -> Tensor:
-        cdf = z.softmax(class_dim).cumsum(class_dim)
-        # the last value is 1 up to rounding; staying strictly below it never draws a class of probability zero
-        below = cdf.narrow(class_dim, -1, 1) * (1 - torch.finfo(cdf.dtype).eps)
-        return (cdf <= noise.unsqueeze(class_dim) * below).sum(class_dim)
+def _own_weights(o: _Options, z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of each target's class, 0 where it is ignored, and where it is ignored."""
+    ignored = indices == o.ignore_index
+    if o.weight is None:
+        return (~ignored).to(z.dtype), ignored
+    return o.weight.to(z.dtype)[indices.long().masked_fill(ignored, 0)].masked_fill(ignored, 0), ignored
 
-    def residual(z: Tensor, drawn: Tensor) -> Tensor:
-        index = drawn.unsqueeze(class_dim)
-        return z.softmax(class_dim).scatter_add(class_dim, index, -torch.ones_like(index, dtype=z.dtype))
 
-    def root(z: Tensor, e: Tensor) -> Tensor:
-        q = (0.5 * z.log_softmax(class_dim)).exp()
-        along = q * e
-        return along - q * q * along.sum(class_dim, keepdim=True)
+def _noise_shape(o: _Options, z: Tensor) -> tuple[int, ...]:
+    dim = o.class_dim % z.dim()
+    return (*z.shape[:dim], *z.shape[dim + 1 :])
 
-    def curve(z: Tensor, v: Tensor) -> Tensor:
-        p = z.softmax(class_dim)
-        along = p * v
-        return along - p * along.sum(class_dim, keepdim=True)
 
-    return assemble(Family(check, value, weights, noise_shape, sample, residual, root, curve), reduction)
+def _sample(o: _Options, z: Tensor, noise: Tensor) -> Tensor:
+    cdf = z.softmax(o.class_dim).cumsum(o.class_dim)
+    # the last value is 1 up to rounding only; noise < 1 stays strictly below it, whatever it is
+    total = cdf.narrow(o.class_dim, -1, 1)
+    return (cdf <= noise.unsqueeze(o.class_dim) * total).sum(o.class_dim)
+
+
+def _residual(o: _Options, z: Tensor, drawn: Tensor) -> Tensor:
+    index = drawn.unsqueeze(o.class_dim)
+    return z.softmax(o.class_dim).scatter_add(o.class_dim, index, -torch.ones_like(index, dtype=z.dtype))
+
+
+def _root(o: _Options, z: Tensor, e: Tensor) -> Tensor:
+    q = (0.5 * z.log_softmax(o.class_dim)).exp()
+    along = q * e
+    return along - q * q * along.sum(o.class_dim, keepdim=True)
+
+
+def _curve(o: _Options, z: Tensor, v: Tensor) -> Tensor:
+    p = z.softmax(o.class_dim)
+    along = p * v
+    return along - p * along.sum(o.class_dim, keepdim=True)
 
 
 def _as_torch_wants(z: Tensor, targets: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
@@ -146,56 +162,68 @@ def _class_sum(x: Tensor, weight: Tensor | None, class_dim: int) -> Tensor:
     return x.sum(class_dim) if weight is None else (x.movedim(class_dim, -1) * weight).sum(-1)
 
 
-def _check_options(weight: Tensor | None, label_smoothing: float, class_dim: int) -> None:
-    if weight is not None and weight.dim() != 1:
+def _check_options(o: _Options) -> None:
+    check_reduction(o.reduction)
+    check_weight("weight", o.weight)
+    if o.weight is not None and o.weight.dim() != 1:
         raise HyperparameterError(
-            explain("weight must have one entry per class.", got=list(weight.shape), wanted="[C]")
+            explain("weight must have one entry per class.", got=list(o.weight.shape), wanted="[C]")
         )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise HyperparameterError(explain("label_smoothing must be in [0, 1].", got=label_smoothing))
-    if class_dim == 0:
+    if not 0.0 <= o.label_smoothing <= 1.0:
+        raise HyperparameterError(explain("label_smoothing must be in [0, 1].", got=o.label_smoothing))
+    if o.class_dim == 0:
         raise HyperparameterError(
             explain("class_dim cannot be 0.", why="dimension 0 of the outputs holds the examples", options="1 or -1")
         )
 
 
-def _check_fit(z: Tensor, targets: Tensor, class_dim: int, ignore_index: int) -> None:
+def _check(o: _Options, z: Tensor, targets: Tensor) -> None:
+    class_dim, shape = o.class_dim, tuple(z.shape)
     check_outputs(z, 2, "[N, C, ...], examples first")
     if not 1 <= (class_dim if class_dim > 0 else class_dim + z.dim()) < z.dim():
         raise TargetError(
-            explain(f"the outputs have no class dimension {class_dim}.", got=list(z.shape), options="class_dim=1 or -1")
+            explain(f"the outputs have no class dimension {class_dim}.", got=list(shape), options="class_dim=1 or -1")
         )
-    dim, shape = class_dim % z.dim(), tuple(z.shape)
-    without = [(*shape[:i], *shape[i + 1 :]) for i in range(z.dim())]
+    if o.weight is not None and len(o.weight) != shape[class_dim]:
+        raise TargetError(
+            explain(
+                "the class weights do not fit the outputs.",
+                got=f"{len(o.weight)} weights for {shape[class_dim]} classes in dimension {class_dim}",
+                options="class_dim=... when the classes are in another dimension",
+            )
+        )
     if targets.is_floating_point():
-        if tuple(targets.shape) != shape:
-            raise TargetError(
-                explain(
-                    "floating-point targets are class probabilities, and these do not fit the outputs.",
-                    got=list(targets.shape),
-                    wanted=list(shape),
-                    options="targets.long() if they are class indices" if tuple(targets.shape) in without else None,
-                )
-            )
-        if ignore_index != _NO_INDEX:
-            raise TargetError(
-                explain(
-                    "ignore_index has no meaning for probability targets.",
-                    got=f"ignore_index={ignore_index}",
-                    options="rows of zeros in the targets, which have no loss and no curvature",
-                )
-            )
-        return
-    if targets.dtype == torch.bool or targets.is_complex():
+        _check_probabilities(o, shape, targets)
+    elif targets.dtype == torch.bool or targets.is_complex():
         raise TargetError(explain("targets must be class indices or probabilities.", got=targets.dtype))
-    if tuple(targets.shape) != without[dim]:
-        others = [i for i in range(1, z.dim()) if without[i] == tuple(targets.shape)]
-        other = None if not others else -1 if others[-1] == z.dim() - 1 else others[-1]
+    elif tuple(targets.shape) != _noise_shape(o, z):
+        fitting = [i for i in range(1, z.dim()) if (*shape[:i], *shape[i + 1 :]) == tuple(targets.shape)]
+        other = None if not fitting else -1 if fitting[-1] == z.dim() - 1 else fitting[-1]
         raise TargetError(
             explain(
                 "the class indices do not fit the outputs.",
                 got=f"targets {list(targets.shape)} for outputs {list(shape)} with class_dim={class_dim}",
-                wanted=list(without[dim]),
+                wanted=list(_noise_shape(o, z)),
                 options=None if other is None else f"class_dim={other}",
+            )
+        )
+
+
+def _check_probabilities(o: _Options, shape: tuple[int, ...], targets: Tensor) -> None:
+    if tuple(targets.shape) != shape:
+        raise TargetError(
+            explain(
+                "floating-point targets are class probabilities, and these do not fit the outputs.",
+                got=list(targets.shape),
+                wanted=list(shape),
+                options="targets.long() if they are class indices" if targets.dim() == len(shape) - 1 else None,
+            )
+        )
+    if o.ignore_index != _NO_INDEX:
+        raise TargetError(
+            explain(
+                "ignore_index has no meaning for probability targets.",
+                got=f"ignore_index={o.ignore_index}",
+                options="rows of zeros in the targets have no loss and no curvature, without smoothing",
             )
         )

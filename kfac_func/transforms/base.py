@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
-from kfac_func._tree import leaves_with_paths, tree_map
+from kfac_func._tree import leaves_with_paths, storable, tree_map
 from kfac_func._typing import PyTree, Scalar, ScalarOrSchedule
 
 
@@ -48,6 +48,9 @@ class CountState(NamedTuple):
     """The state of a transformation that only counts its steps."""
 
     step: Int[Tensor, ""]
+
+
+storable(EmptyState, CountState)
 
 
 def identity() -> GradientTransformation:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kfac_func._tree import tree_map
+from kfac_func._tree import storable, tree_map
 from kfac_func._typing import PyTree, Scalar
 from kfac_func.transforms.base import (
     GradientTransformation,
@@ -62,6 +62,9 @@ class ScaleByAdamState(NamedTuple):
     step: Int[Tensor, ""]
     mu: PyTree
     nu: PyTree
+
+
+storable(TraceState, ScaleByAdamState)
 
 
 def scale_by_adam(

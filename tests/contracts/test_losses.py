@@ -54,6 +54,14 @@ class Row(NamedTuple):
             return z, y / y.sum(self.class_dim, keepdim=True)
         return z, {"soft": y, "binary": (y > 0.5).double(), "real": 3 * y}[self.kind]
 
+    @property
+    def divisor(self) -> int:
+        """l_n is this many times example n's part of the value."""
+        return 1 if self.options["reduction"] == "sum" else self.shape[0]
+
+    def noise(self) -> Tensor:
+        return torch.rand(self.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
     def reference(self, z: Tensor, y: Tensor) -> Tensor:
         """The value by torch.nn.functional."""
         options = {k: v for k, v in self.options.items() if k not in ("class_dim", "scale", "reduction")}
@@ -62,16 +70,6 @@ class Row(NamedTuple):
             z, y = z.movedim(classes, 1), y.movedim(classes, 1) if y.dim() == z.dim() else y
         total = self.torch_loss(z, y, reduction="sum" if reduction == "batchmean" else reduction, **options)
         return self.options.get("scale", 1.0) * total / (len(z) if reduction == "batchmean" else 1)
-
-
-def _row(
-    make: Callable[..., Loss],
-    torch_loss: Callable[..., Tensor],
-    options: dict[str, Any],
-    shape: tuple[int, ...],
-    kind: str,
-) -> Row:
-    return Row(make, torch_loss, options, shape, kind, make(**options))
 
 
 def _cross_entropy_rows() -> list[Row]:
@@ -85,7 +83,7 @@ def _cross_entropy_rows() -> list[Row]:
     for reduction, (weight, smoothing, kind, shape, class_dim) in itertools.product(REDUCTIONS, cases):
         options = {"reduction": reduction, "weight": weight, "label_smoothing": smoothing, "class_dim": class_dim}
         options |= {"ignore_index": -7} if kind == "ignored" else {}
-        rows.append(_row(cross_entropy, F.cross_entropy, options, shape, kind))
+        rows.append(Row(cross_entropy, F.cross_entropy, options, shape, kind, cross_entropy(**options)))
     return rows
 
 
@@ -93,7 +91,8 @@ def _diagonal_rows() -> list[Row]:
     rows = []
     for reduction in REDUCTIONS:
         for scale, shape in [(1.0, (4, 3)), (0.5, (4, 3)), (2.0, (2, 3, 2)), (0.5, (5,))]:
-            rows.append(_row(mse, F.mse_loss, {"reduction": reduction, "scale": scale}, shape, "real"))
+            options = {"reduction": reduction, "scale": scale}
+            rows.append(Row(mse, F.mse_loss, options, shape, "real", mse(**options)))
         for w, p, shape, kind in [
             (None, None, (4, 3), "binary"),
             ((4, 1), None, (4, 3), "soft"),
@@ -104,7 +103,8 @@ def _diagonal_rows() -> list[Row]:
             weight = None if w is None else torch.linspace(0.5, 2, math.prod(w), dtype=torch.float64).reshape(w)
             positive = None if p is None else torch.linspace(3, 0.3, math.prod(p), dtype=torch.float64).reshape(p)
             options = {"reduction": reduction, "weight": weight, "pos_weight": positive}
-            rows.append(_row(bce_with_logits, F.binary_cross_entropy_with_logits, options, shape, kind))
+            loss = bce_with_logits(**options)
+            rows.append(Row(bce_with_logits, F.binary_cross_entropy_with_logits, options, shape, kind, loss))
     return rows
 
 
@@ -116,11 +116,6 @@ SOME = pytest.mark.parametrize("row", FEW, ids=[row.label() for row in FEW])
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def examples(row: Row, z: Tensor) -> int:
-    """l_n = value's summand times this number."""
-    return 1 if row.options["reduction"] == "sum" else len(z)
 
 
 def second_moment(vectors: Tensor, probability: Tensor) -> Tensor:
@@ -145,8 +140,8 @@ def all_draws(row: Row, z: Tensor) -> tuple[Tensor, Tensor]:
         p = z.sigmoid()
         return y, (y * p + (1 - y) * (1 - p)).flatten(2).prod(2) if z.dim() > 1 else y * p + (1 - y) * (1 - p)
     p = z.movedim(row.class_dim, -1).softmax(-1)
-    y = torch.tensor(list(itertools.product(range(p.shape[-1]), repeat=terms))).reshape(-1, 1, *shape[1:])
-    y = y.expand(-1, *shape)
+    y = torch.tensor(list(itertools.product(range(p.shape[-1]), repeat=terms)))
+    y = y.reshape(-1, 1, *shape[1:]).expand(-1, *shape)
     picked = p.expand(len(y), *p.shape).gather(-1, y.unsqueeze(-1)).squeeze(-1)
     return y, picked.reshape(*picked.shape[:2], -1).prod(2)
 
@@ -159,7 +154,7 @@ def test_value_and_score_are_torchs(row: Row) -> None:
     (gradient,) = torch.autograd.grad(reference, z)
     assert gradient.abs().amin() > 0 or row.kind == "ignored", "a dead gradient proves nothing"
     close(row.loss.value(z, y), reference, 1e-14)
-    close(row.loss.score(z.detach(), y), examples(row, z) * gradient)
+    close(row.loss.score(z.detach(), y), row.divisor * gradient)
 
 
 @EACH
@@ -168,32 +163,22 @@ def test_hessian_is_autograds(row: Row) -> None:
     size = z[0].numel()
     dense = hessian(row.reference)(z, y).reshape(len(z), size, len(z), size)
     blocks = torch.stack([dense[n, :, n] for n in range(len(z))])
-    ours = row.loss.hessian(z, y)
-    close(ours, examples(row, z) * blocks)
+    close(row.loss.hessian(z, y), row.divisor * blocks)
     close(torch.block_diag(*blocks), dense.reshape(len(z) * size, -1))
-    assert ours.abs().max() > 1e-3
+    assert blocks.abs().max() > 1e-3
 
 
 @EACH
 def test_factor_is_a_square_root_of_the_hessian(row: Row) -> None:
     z, y = row.data()
     factor, size = row.loss.factor(z, y), row.loss.columns(z)
-    assert factor.shape == (z[0].numel(), *z.shape) and size == z[0].numel()
+    assert factor.shape == (size, *z.shape) == (z[0].numel(), *z.shape)
     close(second_moment(factor, torch.ones(size, len(z), dtype=z.dtype)), row.loss.hessian(z, y))
-    chunks = [row.loss.factor(z, y, range(i, min(i + 2, size))) for i in range(0, size, 2)]
-    close(torch.cat(chunks), factor, 0)
-    backwards = torch.arange(size - 1, -1, -1)
-    close(row.loss.factor(z, y, backwards), factor.flip(0), 0)
-    close(row.loss.factor(z, y, range(size - 1, -1, -1)), factor.flip(0), 0)
-
-
-@EACH
-def test_a_column_stays_in_its_position(row: Row) -> None:
-    z, y = row.data()
-    factor = row.loss.factor(z, y)
-    apart = row.class_dim if row.make is cross_entropy else None
-    touched = factor.ne(0) if apart is None else factor.ne(0).any((apart % z.dim()) + 1, keepdim=True)
-    assert touched.reshape(len(factor), len(z), -1).sum(2).max() == 1
+    close(torch.cat([row.loss.factor(z, y, range(size)[i : i + 2]) for i in range(0, size, 2)]), factor, 0)
+    for backwards in (torch.arange(size).flip(0), range(size - 1, -1, -1)):
+        close(row.loss.factor(z, y, backwards), factor.flip(0), 0)
+    touched = factor.ne(0).any(row.class_dim % z.dim() + 1) if row.make is cross_entropy else factor.ne(0)
+    assert touched.reshape(size, len(z), -1).sum(2).max() == 1, "a column left its position"
 
 
 @EACH
@@ -222,8 +207,7 @@ def test_product_is_the_hessian_and_the_derivative_of_the_score(row: Row) -> Non
     z, y = row.data()
     v = torch.linspace(-1, 2, z.numel(), dtype=z.dtype).reshape(z.shape)
     ours = row.loss.product(z, y, v)
-    dense = torch.einsum("nij,nj->ni", row.loss.hessian(z, y), v.reshape(len(z), -1)).reshape(z.shape)
-    close(ours, dense)
+    close(ours, torch.einsum("nij,nj->ni", row.loss.hessian(z, y), v.reshape(len(z), -1)).reshape(z.shape))
     close(ours, jvp(lambda x: row.loss.score(x, y), (z,), (v,))[1])
 
 
@@ -236,8 +220,7 @@ def test_draws_have_the_models_frequencies(row: Row) -> None:
     drawn = vmap(lambda one: row.loss.sample(z, y, one))(noise)
     assert drawn.shape == noise.shape
     if row.make is mse:
-        deviation = math.sqrt(1 / (2 * row.options["scale"]))
-        close(torch.distributions.Normal(z, deviation).cdf(drawn), noise.clone())
+        close(torch.distributions.Normal(z, (2 * row.options["scale"]) ** -0.5).cdf(drawn), noise.clone())
     elif row.make is bce_with_logits:
         close(drawn.mean(0), z.sigmoid(), 1 / count)
     else:
@@ -261,8 +244,8 @@ def all_functions(loss: Loss, z: Tensor, y: Tensor, noise: Tensor) -> dict[str, 
     """Every function of the protocol on one batch; noise has the shape of z."""
     short = noise.reshape(-1)[: math.prod(loss.noise_shape(z))].reshape(loss.noise_shape(z))
     drawn = loss.sample(z, y, short)
-    named = {name: getattr(loss, name)(z, y) for name in ("value", "score", "factor", "hessian")}
-    return named | {
+    return {
+        **{name: getattr(loss, name)(z, y) for name in ("value", "score", "factor", "hessian")},
         "sample": drawn,
         "sampled_score": loss.sampled_score(z, y, drawn),
         "chunk": loss.factor(z, y, range(1)),
@@ -273,22 +256,18 @@ def all_functions(loss: Loss, z: Tensor, y: Tensor, noise: Tensor) -> dict[str, 
 
 @EACH
 def test_vmap_is_a_loop_and_nothing_is_mutated(row: Row) -> None:
-    z, y = row.data()
-    loss = row.loss
-    noise = torch.rand(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+    (z, y), noise, loss = row.data(), row.noise(), row.loss
     zs, ys, noises = torch.stack([z, z.flip(0)]), torch.stack([y, y.flip(0)]), torch.stack([noise, noise.flip(0)])
-    weights = [w for w in row.options.values() if isinstance(w, Tensor)]
-    kept = [t.clone() for t in (zs, ys, noises, *weights)]
-    loops = [all_functions(loss, z, y, noise) for z, y, noise in zip(zs, ys, noises, strict=True)]
+    inputs = [zs, ys, noises, *(w for w in row.options.values() if isinstance(w, Tensor))]
+    kept = [t.clone() for t in inputs]
     for dims in [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)]:
         args = [a if d == 0 else a[0] for a, d in zip((zs, ys, noises), dims, strict=True)]
         mapped = vmap(lambda z, y, noise: all_functions(loss, z, y, noise), in_dims=dims)(*args)
-        first = loops[0]
-        for name, batch in mapped.items():
-            close(batch[0], first[name])
-            if dims == (0, 0, 0):
-                close(batch[1], loops[1][name])
-    assert all(torch.equal(a, b) for a, b in zip(kept, (zs, ys, noises, *weights), strict=True))
+        for i in range(2):
+            one = [a[i] if d == 0 else a for a, d in zip(args, dims, strict=True)]
+            for name, expected in all_functions(loss, one[0], one[1], one[2]).items():
+                close(mapped[name][i], expected)
+    assert all(torch.equal(a, b) for a, b in zip(kept, inputs, strict=True))
 
 
 @EACH
@@ -302,9 +281,7 @@ def test_no_value_is_read(row: Row) -> None:
 
 @SOME
 def test_make_fx_traces_everything(row: Row) -> None:
-    z, y = row.data()
-    noise = torch.rand(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
-    loss = row.loss
+    (z, y), noise, loss = row.data(), row.noise(), row.loss
     traced = make_fx(lambda z, y, noise: all_functions(loss, z, y, noise))(z, y, noise)
     for name, result in all_functions(loss, z.flip(0), y.flip(0), noise).items():
         close(traced(z.flip(0), y.flip(0), noise)[name], result)
@@ -313,9 +290,7 @@ def test_make_fx_traces_everything(row: Row) -> None:
 @pytest.mark.compile
 @SOME
 def test_compiles_in_one_graph(row: Row) -> None:
-    z, y = row.data()
-    noise = torch.rand(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
-    loss = row.loss
+    (z, y), noise, loss = row.data(), row.noise(), row.loss
     torch.compiler.reset()
     compiled = torch.compile(lambda z, y, noise: all_functions(loss, z, y, noise), fullgraph=True, backend="aot_eager")
     for name, result in all_functions(loss, z, y, noise).items():

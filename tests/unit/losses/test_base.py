@@ -27,7 +27,7 @@ def batch(make: Callable[..., Loss], dtype: torch.dtype = torch.float32, n: int 
 @EVERY
 @pytest.mark.parametrize("reduction", ["none", "average", ""])
 def test_unknown_reductions_are_refused(make: Callable[..., Loss], reduction: str) -> None:
-    with pytest.raises(HyperparameterError, match="unknown reduction.*\n.*batchmean"):
+    with pytest.raises(HyperparameterError, match=r"unknown reduction.*\n.*batchmean"):
         make(reduction=reduction)
 
 
@@ -100,7 +100,8 @@ def test_low_precision_keeps_the_dtype_and_the_accuracy(make: Callable[..., Loss
     drawn = loss.sample(z, y, noise)
     assert drawn.is_floating_point() != (make is cross_entropy)
     for vectors in (loss.sampled_score(z, y, drawn), loss.signs(z, y, z), loss.product(z, y, z)):
-        assert vectors.dtype == dtype and vectors.isfinite().all()
+        assert vectors.dtype == dtype
+        assert vectors.isfinite().all()
 
 
 @EVERY
@@ -123,7 +124,8 @@ def test_saturated_outputs_stay_finite(make: Callable[..., Loss]) -> None:
         assert vectors.isfinite().all()
     for noise in (0.0, 1 - 2**-24):
         drawn = loss.sample(z, y, torch.full(loss.noise_shape(z), noise))
-        assert drawn.double().isfinite().all() and loss.sampled_score(z, y, drawn).isfinite().all()
+        assert drawn.double().isfinite().all()
+        assert loss.sampled_score(z, y, drawn).isfinite().all()
 
 
 @EVERY
@@ -145,7 +147,8 @@ def test_noise_one_half_is_a_sign(make: Callable[..., Loss]) -> None:
 @pytest.mark.parametrize("name", ["categorical", "gaussian", "bernoulli"])
 def test_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"kfac_func.losses.{name}"))
-    assert result.attempted > 0 and result.failed == 0
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_the_number_of_columns_counts_positions_and_classes() -> None:

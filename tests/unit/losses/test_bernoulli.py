@@ -53,9 +53,12 @@ def test_every_option_changes_value_and_curvature(options: dict[str, Any]) -> No
         assert not torch.allclose(getattr(plain, name)(Z, Y), getattr(other, name)(Z, Y))
 
 
-def test_weights_in_the_outputs_precision() -> None:
+def test_weights_of_another_precision() -> None:
     w, p = torch.tensor([1.0, 2.0, 0.3]), torch.tensor([4.0, 0.3, 1.0])
     loss, low = bce_with_logits(weight=w, pos_weight=p), Z.bfloat16()
-    expected = F.binary_cross_entropy_with_logits(low, Y.bfloat16(), w.bfloat16(), pos_weight=p.bfloat16())
+    expected = F.binary_cross_entropy_with_logits(low, Y.bfloat16(), w, pos_weight=p)
     torch.testing.assert_close(loss.value(low, Y.bfloat16()), expected, rtol=0, atol=0)
+    double = bce_with_logits(weight=w.double(), pos_weight=p.double())
+    for name in ("score", "hessian", "factor"):
+        torch.testing.assert_close(getattr(double, name)(Z, Y), getattr(loss, name)(Z, Y))
     torch.testing.assert_close(loss.score(low, Y).float(), loss.score(Z, Y), atol=0.02, rtol=0.01)

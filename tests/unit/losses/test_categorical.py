@@ -115,7 +115,8 @@ def test_indices_and_one_hot_probabilities_agree() -> None:
 def test_a_batch_without_targets_has_no_score_and_no_curvature(smoothing: float) -> None:
     z, y = outputs(2, 4), torch.full((2,), -100)
     loss = cross_entropy(label_smoothing=smoothing, weight=W)
-    assert loss.value(z, y).isnan() and F.cross_entropy(z, y, weight=W, label_smoothing=smoothing).isnan()
+    assert loss.value(z, y).isnan()
+    assert F.cross_entropy(z, y, weight=W, label_smoothing=smoothing).isnan()
     for vectors in (loss.score(z, y), loss.hessian(z, y), loss.factor(z, y), loss.signs(z, y, z)):
         assert torch.equal(vectors, torch.zeros_like(vectors))
 

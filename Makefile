@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a virtual environment in $(VENV), made once and updated when pyproject.toml or
+# constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO ?=
+
+PY := $(VENV)/bin/python
+# Many small tests side by side: one thread each, or the workers fight for the cores.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+HOOK := --jaxtyping-packages=kfac_func,tests.typechecking.check
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed-demo
+	$(PY) -m kfac_func.demo $(DEMO)
+
+# First everything with shapes and types checked at run time, then what must run without that hook:
+# torch.compile, and the examples of README, docs and docstrings.
+test: $(VENV)/.installed-test
+	$(PYTEST) $(HOOK) -m "not slow and not compile and not examples"
+	$(PYTEST) -m "(compile or examples) and not slow"
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(PY) -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@

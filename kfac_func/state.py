@@ -1,0 +1,111 @@
+"""The state of a K-FAC transformation, how to find one inside any optimiser state, and how to read it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import StateError, explain
+from kfac_func._tree import Static
+from kfac_func._typing import PyTree
+from kfac_func.blocks import Layout
+from kfac_func.damping import Split
+
+Average = Literal["debiased", "warmup"]
+
+
+class Options(NamedTuple):
+    """The settings of a preconditioner."""
+
+    split: Split
+    decay: float
+    average: Average
+    refresh_every: int
+
+
+class Rules(NamedTuple):
+    """What is static about a state: the curvature, the options, and (after the first statistics) the blocks and all
+    leaf paths.
+    """
+
+    curvature: Any  # a Curvature, None after loading from a file
+    options: Options
+    layouts: tuple[Layout, ...] = ()
+    paths: tuple[str, ...] = ()
+    unclaimed: tuple[tuple[str, str], ...] = ()
+
+    def __reduce__(self) -> tuple:
+        """Functions do not go into files: after loading, the first `update` puts the curvature back."""
+        return Rules, (None, *self[1:])
+
+
+class KFacState(NamedTuple):
+    """The state of `kfac()`: tensors only at the leaves.
+
+    step       updates so far, 0-dim int64 on the CPU (it decides about refreshes without asking a device)
+    observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
+    failed     factorisations that were not finite and did not replace the one before
+    weight     W of the zero-debiased averages               damping    λ, float64
+    curvature  the averages, () before the first statistics
+    factored   what solving needs, () before the first statistics
+    """
+
+    step: Tensor
+    observed: Tensor
+    rejected: Tensor
+    failed: Tensor
+    weight: Tensor
+    damping: Tensor
+    curvature: Any
+    factored: Any
+    rules: Static[Rules]
+
+
+_tree.storable(KFacState, Rules, Options, Layout, Static)
+
+
+def inside(state: PyTree) -> list[KFacState]:
+    """The K-FAC states inside a state. Raises StateError when there is none."""
+    found = _tree.nodes(state, KFacState)
+    if not found:
+        raise StateError(
+            explain(
+                "there is no K-FAC state inside.",
+                got=type(state).__name__,
+                options="pass the state of a chain with kfac() in it, or that of kfac() itself",
+            )
+        )
+    return found
+
+
+def describe(state: PyTree) -> str:
+    """A table of what the K-FAC state inside covers: every block with its kind, leaves, size and structure, and every
+    leaf without one.
+
+    >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
+    kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected
+    no statistics yet: gradients pass unchanged
+    """
+    inner = inside(state)[0]
+    rules = inner.rules.value
+    name = "no curvature attached" if rules.curvature is None else rules.curvature.name
+    lines = [
+        f"kfac: {name}, damping {float(inner.damping):g}, split {rules.options.split}, "
+        f"{int(inner.observed)} batches observed, {int(inner.rejected)} rejected"
+    ]
+    if not rules.layouts:
+        return "\n".join([*lines, "no statistics yet: gradients pass unchanged"])
+    rows = [("block", "kind", "V", "leaves")]
+    for layout in rules.layouts:
+        size = f"{layout.groups}x{layout.outputs}" if layout.groups > 1 else str(layout.outputs)
+        rows.append((layout.name, layout.kind, ("o=" if layout.matrix else "p=") + size, " + ".join(layout.leaves)))
+    covered = {path for layout in rules.layouts for path in layout.leaves}
+    rows += [(path, "identity", "-", path) for path, policy in rules.unclaimed if policy == "identity"]
+    named = covered | {path for path, _ in rules.unclaimed}
+    rows += [(path, "unused", "-", path) for path in rules.paths if path not in named]
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    return "\n".join(
+        lines + ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    )
