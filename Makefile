@@ -9,17 +9,16 @@ DEMO ?=
 PY := $(VENV)/bin/python
 # Many small tests side by side: one thread each, or the workers fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
-HOOK := --jaxtyping-packages=kfac_func,tests.typechecking.check
 
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m kfac_func.demo $(DEMO)
 
-# First everything with shapes and types checked at run time, then what must run without that hook:
+# First everything with shapes and types checked at run time (tests/conftest.py), then what must run without that:
 # torch.compile, and the examples of README, docs and docstrings.
 test: $(VENV)/.installed-test
-	$(PYTEST) $(HOOK) -m "not slow and not compile and not examples"
+	$(PYTEST) -m "not slow and not compile and not examples"
 	$(PYTEST) -m "(compile or examples) and not slow"
 
 lint: $(VENV)/.installed-dev

@@ -143,8 +143,10 @@ def mismatch(tree: PyTree, other: PyTree) -> str:
     wanted, got = ({leaf.path: None for leaf in leaves_with_paths(t)} for t in (tree, other))
     missing = [path for path in wanted if path not in got]
     extra = [path for path in got if path not in wanted]
+    same = not missing and not extra
     return explain(
         "two trees that must have the same structure differ.",
+        why="the paths agree; containers, or the rules that a state carries, do not" if same else None,
         missing=", ".join(map(repr, missing[:5])) or None,
         unexpected=", ".join(map(repr, extra[:5])) or None,
         wanted=f"{len(wanted)} leaves" if missing or extra else type(tree).__name__,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from kfac_func import _tree
 from kfac_func._errors import StateError, TreeMismatchError, explain
@@ -120,11 +121,13 @@ def _absorb(state: KFacState, stats: Stats) -> KFacState:
     rules = rules._replace(layouts=layouts, paths=plan.paths, unclaimed=plan.unclaimed)
     old = curvature.init(moments) if state.curvature == () else state.curvature
     finite = _finite(moments)
+    if state.curvature == () and _readable(finite) and not finite:  # nothing was observed yet, and still is not
+        return state._replace(rejected=state.rejected + 1)
     kept = _tree.tree_map(lambda m, x: torch.where(finite, m, x), moments, old)
     weight = torch.where(finite, rules.options.decay * state.weight + 1, state.weight)
     fraction = 1 / weight.clamp(min=1)
     if rules.options.average == "warmup":
-        fraction = (1 / (state.observed + 1)).clamp(min=1 - rules.options.decay)
+        fraction = (1 / (state.observed + 1).to(torch.float64)).clamp(min=1 - rules.options.decay)
     return state._replace(
         observed=state.observed + finite,
         rejected=state.rejected + ~finite,
@@ -140,11 +143,19 @@ def _refreshed(state: KFacState) -> KFacState:
     """
     damping = torch.where(state.weight > 0, state.damping.to(state.weight.device), 1.0)
     factored = _curvature(state).factorize(state.curvature, damping, _rules(state).options.split)
-    if state.factored == ():
+    finite, before = _finite(factored), state.factored
+    if before == () and _readable(finite) and finite:
         return state._replace(factored=factored)
-    finite = _finite(factored)
-    kept = _tree.tree_map(lambda new, old: torch.where(finite, new, old), factored, state.factored)
+    if before == ():  # the identity takes the place of what was not there before
+        empty, one = _tree.tree_map(torch.zeros_like, state.curvature), torch.ones_like(damping)
+        before = _curvature(state).factorize(empty, one, _rules(state).options.split)
+    kept = _tree.tree_map(lambda new, old: torch.where(finite, new, old), factored, before)
     return state._replace(factored=kept, failed=state.failed + ~finite)
+
+
+def _readable(flag: Tensor) -> bool:
+    """Whether Python may ask for the value: not under torch.compile, vmap or a transform."""
+    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(flag)
 
 
 def _finite(tree: PyTree) -> Tensor:
@@ -171,7 +182,8 @@ def observe(state: PyTree, stats: Stats, *, refresh: bool = True) -> PyTree:
 
     def one(inner: KFacState) -> KFacState:
         inner = _absorb(inner, stats)
-        return _refreshed(inner) if refresh or inner.factored == () else inner
+        due = inner.curvature != () and (refresh or inner.factored == ())
+        return _refreshed(inner) if due else inner
 
     inside(state)
     return _tree.map_nodes(one, state, KFacState)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
+from jaxtyping import config as checking
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook finds the checker as an attribute of `tests`
@@ -44,6 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def generator() -> torch.Generator:
     """A CPU generator with a fixed seed, fresh for every test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No type checks, so that values of the wrong type reach the library's own errors, as they do for users."""
+    checking.update("jaxtyping_disable", True)
+    yield
+    checking.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(["_tree", "blocks", "losses"], 2),
     **dict.fromkeys(["linalg", "layers", "products", "transforms", "checkpoint"], 3),
     **dict.fromkeys(["capture", "damping"], 4),
-    **dict.fromkeys(["estimators", "curvature", "adapters"], 5),
+    **dict.fromkeys(["estimators", "curvature", "adapters", "state"], 5),
     **dict.fromkeys(["precondition", "distributed", "diagnostics"], 6),
     **dict.fromkeys(["recipes", "demo", DOOR], 7),
 }
@@ -75,7 +75,8 @@ def inside(source: Source) -> Iterator[tuple[int, str]]:
     for found in imports(source.tree):
         parts = found.module.split(".")
         if parts[0] == "kfac_func" and not found.level:
-            yield found.line, ".".join(parts[1:]) if parts[1:2] and parts[1] in FLOORS else DOOR
+            room = len(parts) > 2 or parts[-1] in FLOORS  # else a name of the door: `from kfac_func import kfac`
+            yield found.line, ".".join(parts[1:]) if room and parts[1:] else DOOR
 
 
 def within(module: str, package: str) -> bool:
@@ -89,7 +90,9 @@ def climbs(source: Source) -> Iterator[str]:
         return
     for line, target in inside(source):
         room = target.split(".")[0]
-        if room != source.room and (source.room, room) not in SAME_FLOOR and FLOORS[room] >= FLOORS[source.room]:
+        if room not in FLOORS:
+            yield f"{line}: {target} has no floor: add {room!r} to FLOORS"
+        elif room != source.room and (source.room, room) not in SAME_FLOOR and FLOORS[room] >= FLOORS[source.room]:
             yield f"{line}: {source.room} (floor {FLOORS[source.room]}) imports {target} (floor {FLOORS[room]})"
 
 
@@ -227,6 +230,7 @@ PLANTED = [
     (climbs, "transforms.base", "import kfac_func as kf"),
     (climbs, "precondition", "from kfac_func import recipes"),
     (climbs, "cellar", "import torch"),
+    (climbs, "recipes", "from kfac_func.cellar import wine"),
     (hidden_imports, "losses.base", "from . import categorical"),
     (hidden_imports, "losses.base", "def f():\n    import math"),
     (hidden_imports, "losses.base", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import math"),

@@ -71,7 +71,7 @@ class Kind(NamedTuple):
                                                     the bias)
     moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ
     per_example(x, g, options) -> [V, B, p]         vector kinds only: the gradients V_n of scale and shift
-    kept(x, options) -> number                      matrix kinds with padding: how many of the B·S rows are not padding
+    kept(x, options) -> [B, S] of bool              matrix kinds with padding: the rows that are not padding
 
     A vector kind has `rows`, `output_rows`, `moment` None; a matrix kind has `per_example` None.
     """

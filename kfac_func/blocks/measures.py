@@ -9,7 +9,15 @@ from torch import Tensor
 
 from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Moments, Use
 from kfac_func.blocks.factors import add, scaled
-from kfac_func.blocks.rows import examples_first, input_rows, output_rows, second_moment, with_constant
+from kfac_func.blocks.rows import (
+    examples_first,
+    input_rows,
+    kept_rows,
+    output_rows,
+    precise,
+    second_moment,
+    with_constant,
+)
 
 
 def kronecker_moments(block: Block) -> tuple[Moments, ...]:
@@ -33,7 +41,7 @@ def _moments(block: Block, uses: list[Use]) -> tuple[Moments]:
     if uses[0].grads is None:
         width = uses[0].rule.width
         shape = (block.layout.groups, width) if block.layout.groups > 1 else (width,)
-        g = Diagonal(torch.ones(shape, dtype=like.dtype, device=like.device))
+        g = Diagonal(torch.ones(shape, dtype=like.dtype, device=like.device) * (kept / positions))
         return (Moments(a, g, positions, kept),)
     outputs = [output_rows(use, block.sharing).flatten(0, 2) for use in uses]
     g = add([second_moment(rows) for rows in outputs]) / (block.examples * total)
@@ -50,7 +58,7 @@ def _kept(block: Block, use: Use, like: Tensor) -> Tensor:
         return torch.ones_like(like)
     if use.rule.kind.kept is None:
         return torch.full_like(like, float(use.rule.positions))
-    return use.rule.kind.kept(use.inputs, use.rule.options).to(like.dtype) / _batch(block, use)
+    return kept_rows(use).sum().to(like.dtype) / _batch(block, use)
 
 
 def _input_moment(use: Use, sharing: str, bias: bool) -> Factor:
@@ -79,7 +87,8 @@ def _vector_gradients(use: Use) -> Tensor:
     kind, options, where = use.rule.kind, use.rule.options, use.rule.where
     assert kind.per_example is not None
     assert use.grads is not None
-    found = kind.per_example(examples_first(use.inputs, where), examples_first(use.grads, where, lead=1), options)
+    x, g = examples_first(use.inputs, where), examples_first(use.grads, where, lead=1)
+    found = kind.per_example(precise(x), precise(g), options)
     return found if where is None else found.unflatten(1, (-1, where.fold)).sum(dim=2)
 
 

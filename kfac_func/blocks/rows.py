@@ -15,14 +15,12 @@ def examples_first(x: Tensor, where: Where | None, lead: int = 0) -> Tensor:
 
 
 def _unfold_examples(rows: Tensor, where: Where | None, lead: int = 0) -> Tensor:
-    """[B·f, S, ...] -> [B, f·S, ...] where one example owns f consecutive entries."""
-    if where is None or where.fold == 1:
-        return rows
-    split = rows.unflatten(lead, (-1, where.fold))
-    return split.flatten(lead + 1, lead + 2)
+    """[B·f, S, ...] -> [B, f·S, ...] where one example owns f consecutive entries; B = 1 for a shared use."""
+    fold = rows.shape[lead] if where is None else where.fold
+    return rows if fold == 1 else rows.unflatten(lead, (-1, fold)).flatten(lead + 1, lead + 2)
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """Second moments of half-precision rows are taken in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -34,8 +32,20 @@ def input_rows(use: Use, sharing: str) -> Tensor:
     rule = use.rule
     assert rule.kind.rows is not None
     rows = rule.kind.rows(examples_first(use.inputs, rule.where), rule.options)
-    rows = _precise(_unfold_examples(rows, rule.where))
-    return rows.mean(dim=1, keepdim=True) if sharing == "reduce" else rows
+    rows = precise(_unfold_examples(rows, rule.where))
+    if sharing == "expand":
+        return rows
+    if rule.kind.kept is None:
+        return rows.mean(dim=1, keepdim=True)
+    kept = kept_rows(use).sum(dim=1).clamp(min=1).to(rows.dtype)
+    return rows.sum(dim=1, keepdim=True) / kept.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def kept_rows(use: Use) -> Tensor:
+    """The rows [B, S] of a use that are not padding, for kinds that know padding."""
+    rule = use.rule
+    assert rule.kind.kept is not None
+    return _unfold_examples(rule.kind.kept(examples_first(use.inputs, rule.where), rule.options), rule.where)
 
 
 def output_rows(use: Use, sharing: str) -> Tensor:
@@ -44,7 +54,7 @@ def output_rows(use: Use, sharing: str) -> Tensor:
     assert rule.kind.output_rows is not None
     assert use.grads is not None
     rows = rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options)
-    rows = _precise(_unfold_examples(rows, rule.where, lead=1))
+    rows = precise(_unfold_examples(rows, rule.where, lead=1))
     return rows.sum(dim=2, keepdim=True) if sharing == "reduce" else rows
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._errors import BatchError, PlanMismatchError, explain
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture.plan import Plan, TapRule, batch_size
+from kfac_func.capture.examples import batch_size
+from kfac_func.capture.plan import Plan, TapRule
 from kfac_func.capture.tape import Watch, tap
 from kfac_func.layers import Found
 
@@ -43,7 +44,7 @@ def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
     def taped(probes: tuple[Tensor, ...], rest: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         def at(index: int, found: Found) -> Tensor:
             _check(plan, index, found, probes)
-            return tap(found.output, probes[index])
+            return tap(found.output, probes[index], plan.taps[index].copied)
 
         watch = Watch(claimed, at)
         with watch:

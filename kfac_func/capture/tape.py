@@ -45,13 +45,12 @@ class Tap(torch.autograd.Function):
         return tangents[0].view_as(tangents[0])
 
 
-def tap(out: Tensor, probe: Tensor) -> Tensor:
-    """Pass `out` through and give its gradient to `probe` as well."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # Dynamo loses the gradient of an unused input; the compiler fuses the addition away
+def tap(out: Tensor, probe: Tensor, copied: bool) -> Tensor:
+    """Pass `out` through (a copy of it, if it will be written in place) and give its gradient to `probe` as well."""
+    if torch.compiler.is_compiling():  # Dynamo loses gradients of unused inputs; the compiler fuses an addition away
         return out + probe
-    return Tap.apply(out, probe)
+    tapped: Tensor = Tap.apply(out, probe)
+    return tapped.clone() if copied else tapped
 
 
 class Stray(NamedTuple):
@@ -84,6 +83,7 @@ class Watch(TorchFunctionMode):
         self.strays: list[Stray] = []
         self.awaiting: dict[Tensor, int] = {}  # results to which a bias may still be added
         self.biased: dict[Tensor, str] = {}  # results to which one was
+        self.fresh: list[tuple[Tensor, int, int]] = []  # every result, its version and that of the recorded input
 
     def ref(self, value: Any) -> Ref | None:
         """The parameter that a value is, or None."""
@@ -119,7 +119,23 @@ class Watch(TorchFunctionMode):
         if found.bias_shape is not None and found.bias is None:
             self.awaiting[result] = len(self.found)
         self.found.append(found)
+        if not torch.compiler.is_compiling():
+            self.fresh.append((result, result._version, found.inputs._version))
         return result
+
+    def uncaptured(self) -> dict[str, list[str]]:
+        """The operations by which every parameter is used where no kind can see it."""
+        found: dict[str, list[str]] = {}
+        for path, op in self.strays:
+            found.setdefault(path, []).append(op)
+        return found
+
+    def written(self) -> list[tuple[bool, bool]]:
+        """Of every use: whether its recorded input and its result were written in place after it."""
+        return [
+            (found.inputs._version != before, result._version != after)
+            for found, (result, after, before) in zip(self.found, self.fresh, strict=False)
+        ]
 
     def _add_bias(self, args: tuple, kwargs: dict) -> bool:
         """Join `result + bias` to the use that made the result, when that is all that happens to it."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kfac_func import _tree
 from kfac_func._tree import storable
 from kfac_func.blocks import Block
 from kfac_func.curvature.base import Curvature, Structure, zeros
@@ -19,6 +20,12 @@ class Blockwise(NamedTuple):
 
 
 storable(Blockwise)
+
+
+def _like(factored: Any, v: Tensor) -> Tensor:
+    """V in the precision of the factors: gradients may have another."""
+    leaves = _tree.leaves(factored)
+    return v.to(leaves[0].dtype) if leaves else v
 
 
 def blockwise(structure: Structure, vector: Structure) -> Curvature:
@@ -54,7 +61,7 @@ def blockwise(structure: Structure, vector: Structure) -> Curvature:
         for own, items in zip(both, factored, strict=True):
             for name, item in items.items():
                 if name in vs:
-                    solved[name] = own.solve(item, vs[name])
+                    solved[name] = own.solve(item, _like(item, vs[name]))
         return solved
 
     def dense(state: Blockwise) -> dict[str, Tensor]:

@@ -26,10 +26,16 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     return given * dims if len(given) == 1 else given
 
 
+def _merged(x: Tensor, dims: int, lead: int = 0) -> Tensor:
+    """[1, b, C, *size] -> [b, C, *size]: the images of an input that all examples share."""
+    return x.flatten(lead, lead + 1) if x.ndim == lead + dims + 3 else x
+
+
 def patches(x: Tensor, options: tuple) -> Tensor:
     """The patches of x [B, C, *size] as rows [B, S, (q), i], i = C/q · Π kernel in the order (C, k...)."""
     stride, padding, dilation, groups, kernel = options
     dims = len(kernel)
+    x = _merged(x, dims)
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(dims):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])  # a view; window dimensions come last
@@ -40,13 +46,14 @@ def patches(x: Tensor, options: tuple) -> Tensor:
 
 
 def _output_rows(g: Tensor, options: tuple) -> Tensor:
-    groups = options[3]
-    rows = g.flatten(3).mT
+    groups, dims = options[3], len(options[4])
+    rows = _merged(g, dims, lead=1).flatten(3).mT
     return rows if groups == 1 else rows.unflatten(-1, (groups, -1))
 
 
 def _gradient(x: Tensor, g: Tensor, options: tuple) -> Tensor:
     stride, padding, dilation, groups, kernel = options
+    x, g = _merged(x, len(kernel)), _merged(g, len(kernel))
     shape = (g.shape[1], x.shape[1] // groups, *kernel)
     weight = g.new_zeros(()).expand(shape)  # only its shape is read
     none = [0] * len(kernel)

@@ -45,8 +45,8 @@ def _moment(tokens: Tensor, options: tuple, bias: bool) -> Factor:
 
 
 def _kept(tokens: Tensor, options: tuple) -> Tensor:
-    padding = options[1]
-    return (torch.ones_like(tokens) if padding is None else tokens != padding).sum()
+    flat = tokens.unsqueeze(1) if tokens.ndim == 1 else tokens.flatten(1)
+    return torch.ones_like(flat, dtype=torch.bool) if options[1] is None else flat != options[1]
 
 
 embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment, kept=_kept)

@@ -74,7 +74,7 @@ def test_a_mismatch_names_the_first_path(tree, other, line, named):
 def test_equal_static_nodes_match_and_others_do_not():
     tree = {"r": Static(("a", 1)), "x": 1}
     assert _tree.tree_map(lambda x, y: x + y, tree, {"r": Static(("a", 1)), "x": 2}) == {"r": tree["r"], "x": 3}
-    with pytest.raises(TreeMismatchError):
+    with pytest.raises(TreeMismatchError, match="'r'"):
         _tree.tree_map(lambda x, y: x, tree, {"r": Static(("a", 2)), "x": 2})
 
 

@@ -1,0 +1,86 @@
+"""Where the examples of a batch are: in the inputs, and in the output of every use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as _wrapped
+
+from kfac_func import _tree
+from kfac_func._errors import BatchError, CaptureError, explain
+from kfac_func.blocks import Where
+from kfac_func.capture.grouping import owner
+from kfac_func.layers import Found
+
+
+def batch_size(inputs: Any) -> int:
+    """N: the first dimension of the first tensor of the inputs. Raises BatchError when there is none or it is 0."""
+    tensors = [leaf for leaf in _tree.leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
+        raise BatchError(
+            explain(
+                "the batch has no examples.",
+                got=f"inputs {list(tensors[0].shape)}" if tensors else "inputs without a tensor",
+                wanted="tensors with the examples in the first dimension, at least one",
+            )
+        )
+    return tensors[0].shape[0]
+
+
+def examples(inputs: Any, count: int, wanted: int) -> Any:
+    """The first example of a batch, or the first two (the first one twice in a batch of one)."""
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
+            return leaf
+        return leaf[:wanted].clone() if count >= wanted else torch.cat([leaf[:1]] * wanted)
+
+    return _tree.tree_map(take, inputs)
+
+
+def where_examples(one: Found, two: Found) -> Where | None:
+    a, b = one.output.shape, two.output.shape
+    grown = [d for d in range(len(a)) if a[d] != b[d]]
+    if not grown:
+        if one.kind.name in ("group_norm", "batch_norm"):
+            raise CaptureError(
+                explain(
+                    f"the input of {one.kind.name} with {owner(one)!r} is the same for all examples.",
+                    why="its channels and its examples cannot be told apart",
+                    options=f"unclaimed={{{owner(one)!r}: 'diagonal'}}",
+                )
+            )
+        return None
+    if len(a) == len(b) and len(grown) == 1 and b[grown[0]] == 2 * a[grown[0]]:
+        if _interleaved(one.output, two.output, grown[0]):
+            raise CaptureError(
+                explain(
+                    f"the examples are interleaved in the input of {one.kind.name} with {owner(one)!r}.",
+                    got="consecutive rows belong to different examples (positions first, then examples)",
+                    wanted="a dimension of their own for the examples, or all rows of one example together",
+                    options="flatten [examples, positions, ...], not [positions, examples, ...]; or do not flatten",
+                )
+            )
+        return Where(grown[0], a[grown[0]])
+    raise CaptureError(
+        explain(
+            f"the examples cannot be found in the output of {one.kind.name} with {owner(one)!r}.",
+            got=f"{list(a)} for one example, {list(b)} for two",
+            wanted="one dimension that is proportional to the number of examples",
+            options="keep the examples in one dimension; or leave the parameter unclaimed",
+        )
+    )
+
+
+def _interleaved(one: Tensor, two: Tensor, dim: int) -> bool:
+    """Whether every second of the folded rows, and not the first half, is the first example. Not asked of traced
+    tensors.
+    """
+    fold = one.shape[dim]
+    if fold == 1 or torch.compiler.is_compiling() or _wrapped(two):
+        return False
+    own = one.movedim(dim, 0)
+    both = two.movedim(dim, 0)
+    return bool((both[::2] - own).norm() < (both[:fold] - own).norm())

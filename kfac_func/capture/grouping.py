@@ -1,0 +1,92 @@
+"""From recognised uses to blocks: one per weight, with the bias that belongs to it alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kfac_func import layers
+from kfac_func._errors import CaptureError, explain
+from kfac_func.blocks import Layout, UseRule, Where
+from kfac_func.layers import Found
+
+
+class PlannedBlock(NamedTuple):
+    """A block and its uses: the number of the tap and the rule, in the order of the run."""
+
+    layout: Layout
+    uses: tuple[tuple[int, UseRule], ...]
+
+
+def owner(found: Found) -> str:
+    """The path of the weight of a use (of its bias, when it has no weight)."""
+    ref = found.weight or found.bias
+    assert ref is not None
+    return ref.path
+
+
+def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
+    """Group the uses by weight; a bias joins its weight when it belongs to that weight alone, else it is a block of
+    its own.
+    """
+    owners: dict[str, list[int]] = {}
+    for index, (found, _) in enumerate(uses):
+        owners.setdefault(owner(found), []).append(index)
+    partners: dict[str, set[str | None]] = {}  # of a bias
+    for found, _ in uses:
+        if found.bias is not None:
+            partners.setdefault(found.bias.path, set()).add(None if found.weight is None else found.weight.path)
+    blocks, lone = [], {}
+    for name, indices in owners.items():
+        mine = [uses[index] for index in indices]
+        biases = {None if found.bias is None else found.bias.path for found, _ in mine}
+        joint = len(biases) == 1 and all(len(partners[b]) == 1 for b in biases if b is not None)
+        base = next((f for f, _ in mine if f.kind.name != "embedding"), mine[0][0])
+        turned = [_transposed(base, found, name) for found, _ in mine]
+        joint = joint and not any(turned)
+        layout = _layout(name, base, biases.pop() if joint else None)
+        rules = [
+            UseRule(f.kind, f.options, w, f.positions, f.outputs, t) for (f, w), t in zip(mine, turned, strict=True)
+        ]
+        blocks.append(PlannedBlock(layout, tuple(zip(indices, rules, strict=True))))
+        for index in [] if joint else indices:
+            found, where = uses[index]
+            if found.bias is not None:
+                rule = UseRule(layers.bias, (False,), where, found.positions, found.outputs)
+                lone.setdefault(found.bias.path, (found, []))[1].append((index, rule))
+    return blocks + [PlannedBlock(_lone_layout(found, name), tuple(rules)) for name, (found, rules) in lone.items()]
+
+
+def _layout(name: str, found: Found, bias: str | None) -> Layout:
+    own = found.weight or found.bias
+    assert own is not None
+    weight = None if found.weight is None else name
+    matrix = found.kind.rows is not None
+    return Layout(name, found.kind.name, weight, bias, own.shape, found.order, found.groups, found.outputs, matrix)
+
+
+def _lone_layout(found: Found, name: str) -> Layout:
+    assert found.bias is not None
+    if found.kind.rows is None or found.groups > 1 or found.kind.name == "conv":
+        raise CaptureError(
+            explain(
+                f"bias {name!r} of {found.kind.name} is used with several weights, or its weight with several biases.",
+                options=f"give every weight a bias of its own; or unclaimed={{{name!r}: 'diagonal'}}",
+            )
+        )
+    return Layout(name, "bias", None, name, found.bias.shape, (), 1, found.outputs)
+
+
+def _transposed(base: Found, found: Found, name: str) -> bool:
+    """Whether a use sees the transpose of the block's matrix. Raises CaptureError when two uses do not fit each other
+    at all.
+    """
+    if (found.order, found.groups, found.kind.rows is None) == (base.order, base.groups, base.kind.rows is None):
+        return False
+    if found.groups == base.groups == 1 and len(base.order) == 2 and found.order == base.order[::-1]:
+        return True
+    raise CaptureError(
+        explain(
+            f"parameter {name!r} is used by {base.kind.name} and by {found.kind.name}: they do not form one block.",
+            options=f"use two parameters; or unclaimed={{{name!r}: 'diagonal'}}",
+        )
+    )

@@ -1,0 +1,254 @@
+"""Plans: every leaf is claimed, unclaimed under a policy that the user chose, or unused; nothing is skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import kfac_func as kf
+from kfac_func._errors import BatchError, CaptureError, HyperparameterError, UncapturedParameterError
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+W, B = torch.eye(3) + 0.1, torch.ones(3)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def plan_of(module: nn.Module, x: object = X, **options: object) -> kf.Plan:
+    return kf.make_plan(*kf.make_functional(module), x, **options)
+
+
+def leaves_of(plan: kf.Plan) -> dict[str, tuple[str, ...]]:
+    return {block.layout.name: block.layout.leaves for block in plan.blocks}
+
+
+def used(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p["w"], p["b"]) * p["scale"]
+
+
+USED = {"w": W, "b": B, "scale": torch.ones(3), "idle": torch.ones(2)}
+
+
+def test_claimed_leaves_are_named_by_their_weights():
+    plan = plan_of(mlp())
+    assert leaves_of(plan) == {"0.weight": ("0.weight", "0.bias"), "2.weight": ("2.weight", "2.bias")}
+    assert plan.claimed == {"0.weight", "0.bias", "2.weight", "2.bias"} == set(plan.paths)
+    assert (plan.unclaimed, plan.unused, plan.shared) == ((), (), False)
+
+
+@pytest.mark.parametrize(
+    ("options", "unclaimed"),
+    [
+        ({"strict": False}, {"scale": "identity"}),
+        ({"unclaimed": "diagonal"}, {"scale": "diagonal"}),
+        ({"unclaimed": "identity"}, {"scale": "identity"}),
+        ({"unclaimed": {"s*": "diagonal"}}, {"scale": "diagonal"}),
+        ({"unclaimed": {"scale": "diagonal"}, "strict": False}, {"scale": "diagonal"}),
+        (
+            {"unclaimed": {"scale": "diagonal", "w": "identity"}},
+            {"scale": "diagonal", "w": "identity", "b": "identity"},
+        ),
+        (
+            {"unclaimed": {"w": "diagonal", "b": "identity", "*": "diagonal"}},
+            {"w": "diagonal", "b": "identity", "scale": "diagonal"},
+        ),
+        ({"unclaimed": {"[ws]*": "identity", "w": "diagonal"}}, dict.fromkeys(["w", "b", "scale"], "identity")),
+        ({"unclaimed": {"b": "diagonal", "*": "identity"}}, {"b": "diagonal", "scale": "identity"}),
+    ],
+)
+def test_policies_for_what_no_kind_sees_and_what_the_user_takes_back(options, unclaimed):
+    plan = kf.make_plan(used, USED, X, **options)
+    assert dict(plan.unclaimed) == unclaimed
+    assert plan.unused == ("idle",)
+    assert plan.claimed == {"w", "b"} - set(unclaimed)
+    assert plan.shared == ("diagonal" in unclaimed.values())
+
+
+@pytest.mark.parametrize(
+    "unclaimed", [{"w": "diagonal"}, {"b": "diagonal"}, {"w": "identity", "b": "diagonal"}, "identity"]
+)
+def test_gradients_do_not_depend_on_policies(unclaimed):
+    loss, y = kf.losses.mse(), torch.zeros(4, 3)
+    rules = unclaimed if isinstance(unclaimed, str) else {"*": "identity", **unclaimed}
+    step = kf.value_grad_and_stats(used, loss, estimator=kf.estimators.exact(), unclaimed=rules)
+    value, grads, stats = step(USED, (X, y), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((value, grads), step(USED, (X, y), stats=False)[:2])
+    assert grads["idle"].tolist() == [0.0, 0.0]
+    policies = dict(stats.rules.value.plan.unclaimed)
+    joint = policies.get("w") is None and policies.get("b") is None
+    blocks = {"w", "scale"} if joint else {"w", "b", "scale"}
+    assert set(stats.blocks()) == {path for path in blocks if policies.get(path) != "identity"}
+
+
+def test_a_plan_is_a_value_and_does_not_depend_on_the_batch():
+    fn, params = kf.make_functional(mlp())
+    one, other = kf.make_plan(fn, params, X), kf.make_plan(fn, params, X[:1])
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+def test_an_explicit_plan_replaces_planning():
+    fn, params = kf.make_functional(mlp())
+    calls = []
+
+    def counted(p: dict, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return fn(p, x)
+
+    plan = kf.make_plan(fn, params, X)
+    step = kf.value_grad_and_stats(counted, kf.losses.mse(), estimator=kf.estimators.empirical())
+    _, _, stats = step(params, (X, torch.zeros(4, 2)), plan=plan)
+    assert calls == [4]
+    assert stats.rules.value.plan is plan
+
+
+class Masked(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * (self.weight > 0), self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Penalised(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.weight.square().sum()
+
+
+def twice(p: dict, x: torch.Tensor) -> torch.Tensor:
+    y = x @ p["w"]
+    return (y + p["b"]) * y
+
+
+def before(p: dict, x: torch.Tensor) -> torch.Tensor:
+    y = x @ p["w"]
+    return y.sin() * (y + p["b"])
+
+
+RAW = {"w": W, "b": B}
+NORMED = kf.make_functional(weight_norm(nn.Linear(3, 2)))
+ATTENTION = kf.make_functional(Attention())
+UNSEEN = {
+    "mask": (*kf.make_functional(Masked(3, 2)), X, "weight", "mul"),
+    "weight norm": (*NORMED, X, "parametrizations.weight.original1", "weight_norm"),
+    "attention": (*ATTENTION, torch.ones(2, 3, 4), "inner.in_proj_weight", "multi_head_attention_forward"),
+    "regulariser": (*kf.make_functional(Penalised(3, 2)), X, "weight", "square"),
+    "result used beside the bias": (twice, RAW, X, "b", "add, beside mul"),
+    "result used before the bias": (before, RAW, X, "b", "add"),
+    "bias subtracted": (lambda p, x: x @ p["w"] - p["b"], RAW, X, "b", "sub"),
+    "scaled bias": (lambda p, x: torch.add(x @ p["w"], p["b"], alpha=2), RAW, X, "b", "add"),
+    "bias in place": (lambda p, x: (x @ p["w"]).add_(p["b"]), RAW, X, "b", "add"),
+    "detached": (lambda p, x: F.linear(x, p["w"].detach()), {"w": W}, X, "w", "detach"),
+    "part of it": (lambda p, x: F.linear(x, p["w"][:2]), {"w": W}, X, "w", "getitem"),
+    "product of parameters": (lambda p, x: x @ (p["w"] @ p["v"]), {"w": W, "v": W + 0}, X, "v", "matmul"),
+}
+
+
+@pytest.mark.parametrize(("fn", "params", "x", "path", "op"), UNSEEN.values(), ids=UNSEEN)
+def test_strict_errors_name_the_path_the_use_and_the_ways_out(fn, params, x, path, op):
+    with pytest.raises(UncapturedParameterError) as caught:
+        kf.make_plan(fn, params, x)
+    lines = str(caught.value).splitlines()
+    start = lines.index(f"parameter {path!r} is used where K-FAC cannot see it.")
+    assert lines[start + 1].split(maxsplit=2)[:2] == ["used", "by"]
+    assert op in lines[start + 1]
+    assert f"unclaimed={{{path!r}: 'diagonal'}}" in lines[start + 3]
+    assert "strict=False" in lines[start + 3]
+
+
+@pytest.mark.parametrize(("fn", "params", "x", "path", "op"), UNSEEN.values(), ids=UNSEEN)
+def test_unseen_parameters_still_get_their_gradient(fn, params, x, path, op):
+    del path, op
+    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical(), strict=False)
+    batch = x, torch.zeros_like(fn(params, x))
+    value, grads, _ = step(params, batch, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((value, grads), step(params, batch, stats=False)[:2])
+
+
+def test_one_tensor_under_two_paths_gives_each_its_own_gradient_or_an_error():
+    def fn(p: dict, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, p["a"]).sin(), p["b"])
+
+    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    params, batch = {"a": W, "b": W}, (X, torch.zeros(4, 3))
+    try:
+        _, grads, _ = step(params, batch)
+    except (CaptureError, kf.errors.TreeMismatchError) as error:
+        assert "'a'" in str(error)  # noqa: PT017
+        return
+    torch.testing.assert_close(grads, step(params, batch, stats=False)[1])
+
+
+def nowhere(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(torch.cat([x, torch.ones(1, 3)]), p["w"])[:-1]
+
+
+def interleaved(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(torch.stack([x, 2 * x]).flatten(0, 1), p["w"]).unflatten(0, (2, -1)).sum(0)
+
+
+def by_size(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p["w"] if len(x) == 1 else p["v"])
+
+
+def two_forms(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p["w"]) + torch.einsum("nd,dk->ndk", x, p["w"]).sum(-1)
+
+
+def convolutions(p: dict, x: torch.Tensor) -> torch.Tensor:
+    return sum(F.conv1d(x[..., None], p[name], p["b"]) for name in ("w", "v")).squeeze(-1)
+
+
+FILTERS = {"w": torch.ones(3, 3, 1), "v": torch.ones(3, 3, 1), "b": B}
+REFUSED = {
+    "unknown policy": (used, USED, {"unclaimed": "skip"}, HyperparameterError, "'skip'"),
+    "no such path": (used, USED, {"unclaimed": {"head.*": "diagonal"}}, CaptureError, r"'head\.\*' matches no"),
+    "other parameters for two examples": (by_size, {"w": W, "v": W + 0}, {}, CaptureError, "for one example than"),
+    "examples are nowhere": (nowhere, {"w": W}, {}, CaptureError, "cannot be found"),
+    "examples interleaved": (interleaved, {"w": W}, {}, CaptureError, "interleaved"),
+    "a weight in two forms": (two_forms, {"w": W}, {}, CaptureError, "do not form one block"),
+    "a bias of two convolutions": (convolutions, FILTERS, {}, CaptureError, "with several weights"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("fn", "params", "options", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_refused(fn, params, options, error, match):
+    with pytest.raises(error, match=match):
+        kf.make_plan(fn, params, X, **options)
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(0, 3), torch.tensor(1.0), (), {"a": 3}], ids=str)
+def test_a_batch_has_examples(inputs):
+    with pytest.raises(BatchError, match="no examples"):
+        kf.make_plan(*kf.make_functional(mlp()), inputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_planning_leaves_the_global_generator_alone(training):
+    fn, params = kf.make_functional(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2)).train(training))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    kf.make_plan(fn, params, X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_draws_once_per_step_and_the_gradient_is_that_of_the_same_mask():
+    fn, params = kf.make_functional(nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 2)))
+    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    found = []
+    for stats in (True, False):
+        torch.manual_seed(7)
+        found.append((*step(params, (X, torch.zeros(4, 2)), stats=stats)[:2], torch.get_rng_state()))
+    torch.testing.assert_close(*found)
