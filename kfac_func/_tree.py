@@ -10,6 +10,7 @@ Dynamo cannot trace optree on every container, so under torch.compile the same f
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -65,7 +66,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     if node is None or isinstance(node, Static):
         return []
     if isinstance(node, dict):
-        return [(key, node[key]) for key in sorted(node)]
+        return [(key, node[key]) for key in (node if isinstance(node, OrderedDict) else sorted(node))]
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return list(zip(node._fields, node, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(node, (tuple, list)):
@@ -75,7 +76,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 def _rebuilt(node: Any, new: dict[Any, Any]) -> Any:
     if isinstance(node, dict):
-        return {key: new[key] for key in node}
+        return type(node)((key, new[key]) for key in node)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node)(*new.values())
     return node if node is None or isinstance(node, Static) else type(node)(new.values())
@@ -143,16 +144,25 @@ def mismatch(tree: PyTree, other: PyTree) -> str:
     wanted, got = ({leaf.path: None for leaf in leaves_with_paths(t)} for t in (tree, other))
     missing = [path for path in wanted if path not in got]
     extra = [path for path in got if path not in wanted]
-    same = not missing and not extra
+    rules = "" if missing or extra else _other_rules(tree, other)
     return explain(
         "two trees that must have the same structure differ.",
-        why="the paths agree; containers, or the rules that a state carries, do not" if same else None,
+        why=f"the rules that the states carry differ at {rules!r}" if rules else None,
         missing=", ".join(map(repr, missing[:5])) or None,
         unexpected=", ".join(map(repr, extra[:5])) or None,
         wanted=f"{len(wanted)} leaves" if missing or extra else type(tree).__name__,
         got=f"{len(got)} leaves" if missing or extra else type(other).__name__,
         options="build both trees from the same parameters (same containers, same keys, same lengths)",
     )
+
+
+def _other_rules(tree: PyTree, other: PyTree) -> str:
+    """The path of the first `Static` node that differs."""
+    found = []
+    for one in (tree, other):
+        accessors, values, _ = optree.tree_flatten_with_accessor(one, is_leaf=lambda x: isinstance(x, Static))
+        found.append([(_dotted(a), v) for a, v in zip(accessors, values, strict=True) if isinstance(v, Static)])
+    return next((path for (path, one), (_, two) in zip(*found, strict=False) if one != two), "")
 
 
 def replace_leaves(tree: PyTree, new: dict[str, Any]) -> PyTree:

@@ -24,6 +24,11 @@ def owner(found: Found) -> str:
     return ref.path
 
 
+def signature(found: Found) -> tuple:
+    """What a use must be again: its kind, its options and its parameters with the way it reads them."""
+    return found.kind.name, found.options, found.weight, found.bias, found.order, found.groups, found.outputs
+
+
 def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
     """Group the uses by weight; a bias joins its weight when it belongs to that weight alone, else it is a block of
     its own.

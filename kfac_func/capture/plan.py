@@ -8,6 +8,7 @@ does not depend on the batch size.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Where
 from kfac_func.capture.coverage import Policy, Unclaimed, check_policies, choose
 from kfac_func.capture.examples import batch_size, examples, where_examples
-from kfac_func.capture.grouping import PlannedBlock, group, owner
+from kfac_func.capture.grouping import PlannedBlock, group, owner, signature
 from kfac_func.capture.tape import Watch
 from kfac_func.layers import Found
 
@@ -27,8 +28,7 @@ from kfac_func.layers import Found
 class TapRule(NamedTuple):
     """One recorded call: what it must be again, and its output for one example."""
 
-    path: str
-    kind: str
+    use: Hashable  # `signature` of the use
     shape: tuple[int, ...]
     where: Where | None
     dtype: torch.dtype
@@ -97,12 +97,13 @@ def make_plan(
             chosen.setdefault(found.bias.path, chosen[found.weight.path])
     taps: list[TapRule] = []
     uses: list[tuple[Found, Where | None]] = []
-    written = one.written() or [(False, False)] * len(one.found)
+    written = one.written()
     for found, larger, marks in zip(one.found, two.found, written, strict=True):
         if owner(found) in chosen:
             continue
         where = where_examples(found, larger)
-        uses.append((found._replace(bias=_unless(found.bias, chosen)), where))
+        found = found._replace(bias=_unless(found.bias, chosen))
+        uses.append((found, where))
         taps.append(_tap_rule(found, where, *marks))
     blocks = tuple(group(uses))
     claimed = {path for block in blocks for path in block.layout.leaves}
@@ -120,7 +121,7 @@ def _tap_rule(found: Found, where: Where | None, input_written: bool, result_wri
             )
         )
     out = found.output
-    return TapRule(owner(found), found.kind.name, tuple(out.shape), where, out.dtype, out.device, result_written)
+    return TapRule(signature(found), tuple(out.shape), where, out.dtype, out.device, result_written)
 
 
 def _unless(ref: layers.Ref | None, chosen: dict[str, Policy]) -> layers.Ref | None:

@@ -12,6 +12,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, PlanMismatchError, explain
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture.examples import batch_size
+from kfac_func.capture.grouping import signature
 from kfac_func.capture.plan import Plan, TapRule
 from kfac_func.capture.tape import Watch, tap
 from kfac_func.layers import Found
@@ -37,20 +38,21 @@ def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
     """
     count = batch_size(inputs)
     leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
-    claimed = {path: leaf for path, leaf in leaves.items() if path in plan.claimed}
     rest = {path: leaves[path] for path, _ in plan.unclaimed}
+    watched = {path: leaf for path, leaf in leaves.items() if path not in rest}  # unused leaves too: they must stay so
     probes = tuple(_probe(rule, count) for rule in plan.taps)
 
     def taped(probes: tuple[Tensor, ...], rest: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         def at(index: int, found: Found) -> Tensor:
-            _check(plan, index, found, probes)
+            if index >= len(probes) or found.output.shape != probes[index].shape:
+                wanted = list(probes[index].shape) if index < len(probes) else f"{len(probes)} uses"
+                raise _mismatch(f"use {index + 1}, {found.kind.name} giving {list(found.output.shape)}", wanted)
             return tap(found.output, probes[index], plan.taps[index].copied)
 
-        watch = Watch(claimed, at)
+        watch = Watch(watched, at)
         with watch:
             outputs = fn(_tree.replace_leaves(params, rest) if rest else params, inputs)
-        if len(watch.found) != len(plan.taps):
-            raise _mismatch(f"{len(watch.found)} uses", f"{len(plan.taps)} uses")
+        _check(plan, watch)
         return outputs, tuple(found.inputs for found in watch.found)
 
     outputs, pullback, *aux = torch.func.vjp(taped, probes, rest, has_aux=True)
@@ -73,17 +75,19 @@ def _probe(rule: TapRule, count: int) -> Tensor:
     return torch.zeros((), dtype=rule.dtype, device=rule.device).expand(shape)
 
 
-def _check(plan: Plan, index: int, found: Found, probes: tuple[Tensor, ...]) -> None:
-    if index >= len(plan.taps):
-        raise _mismatch(f"a use more, {found.kind.name}", f"{len(plan.taps)} uses")
-    rule, own = plan.taps[index], found.weight or found.bias
-    assert own is not None
-    got, wanted = (own.path, found.kind.name, found.output.shape), (rule.path, rule.kind, probes[index].shape)
-    if got != wanted:
-        raise _mismatch(*(f"{kind} with {path!r} giving {list(shape)}" for path, kind, shape in (got, wanted)))
+def _check(plan: Plan, watch: Watch) -> None:
+    """Every use, with its bias and options, must be the planned one, and there must be no other."""
+    for found, rule in zip(watch.found, plan.taps, strict=False):
+        if signature(found) != rule.use:
+            raise _mismatch(signature(found), rule.use)
+    if len(watch.found) != len(plan.taps):
+        raise _mismatch(f"{len(watch.found)} uses", f"{len(plan.taps)} uses")
+    if watch.strays:
+        path, op = watch.strays[0]
+        raise _mismatch(f"{path!r} used by {op}", "no such use")
 
 
-def _mismatch(got: str, wanted: str) -> PlanMismatchError:
+def _mismatch(got: object, wanted: object) -> PlanMismatchError:
     return PlanMismatchError(
         explain(
             "the model does not follow its plan.",

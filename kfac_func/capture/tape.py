@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kfac_func import layers
+from kfac_func._errors import CaptureError, explain
 from kfac_func.layers import Call, Found, Ref
 
 
@@ -78,6 +79,16 @@ class Watch(TorchFunctionMode):
         self.known: dict[Tensor, Ref] = {
             leaf: Ref(path, tuple(leaf.shape), tuple(range(leaf.ndim))) for path, leaf in leaves.items()
         }
+        if len(self.known) < len(leaves):
+            raise CaptureError(
+                explain(
+                    "two parameters are the same tensor.",
+                    got=" and ".join(repr(path) for path, leaf in leaves.items() if self.known[leaf].path != path)
+                    + " under a second path",
+                    why="parameters are recognised by identity",
+                    options="keep one leaf and use it twice (a tied weight), or clone one",
+                )
+            )
         self.tap = tap
         self.found: list[Found] = []
         self.strays: list[Stray] = []
@@ -119,8 +130,7 @@ class Watch(TorchFunctionMode):
         if found.bias_shape is not None and found.bias is None:
             self.awaiting[result] = len(self.found)
         self.found.append(found)
-        if not torch.compiler.is_compiling():
-            self.fresh.append((result, result._version, found.inputs._version))
+        self.fresh.append((result, _version(result), _version(found.inputs)))
         return result
 
     def uncaptured(self) -> dict[str, list[str]]:
@@ -133,8 +143,8 @@ class Watch(TorchFunctionMode):
     def written(self) -> list[tuple[bool, bool]]:
         """Of every use: whether its recorded input and its result were written in place after it."""
         return [
-            (found.inputs._version != before, result._version != after)
-            for found, (result, after, before) in zip(self.found, self.fresh, strict=False)
+            (_version(found.inputs) != before, _version(result) != after)
+            for found, (result, after, before) in zip(self.found, self.fresh, strict=True)
         ]
 
     def _add_bias(self, args: tuple, kwargs: dict) -> bool:
@@ -172,6 +182,11 @@ class Watch(TorchFunctionMode):
             self.known[result] = ref._replace(order=_turned(func, ref.order, args[1:]))
             return True
         return False
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written, where torch counts that."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:
