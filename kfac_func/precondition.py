@@ -61,6 +61,7 @@ def _value(damping: ScalarOrSchedule, count: Tensor) -> Tensor:
 
 
 def _due(state: KFacState, refresh: bool | None) -> bool:
+    """Whether to factorise now: as asked, or by an interval that grows from 1 to `refresh_every` as averages age."""
     every = _rules(state).options.refresh_every
     if refresh is not None or every == 1:
         return True if refresh is None else refresh
@@ -70,9 +71,7 @@ def _due(state: KFacState, refresh: bool | None) -> bool:
         step = int(state.step)
     except RuntimeError as error:  # a batched count under vmap has no single value
         raise StateError(_ask_refresh) from error
-    return (
-        step < every or step % every == 0
-    )  # averages of few batches change fast: a stale factorisation of them is dangerous
+    return step % min(every, 1 + step // every) == 0
 
 
 _ask_refresh = explain(

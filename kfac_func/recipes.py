@@ -34,8 +34,9 @@ def kfac(
     decay          β in [0, 1), the weight of the OLD average
     average        "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": the old weight is min(1 − 1/k, β) at the k-th
                    statistics
-    refresh_every  factorise at every so many updates, and at each of the first so many, while the averages are young;
-                   `update(..., refresh=True | False)` decides otherwise
+    refresh_every  k: factorise at the first statistics and then every k updates. Young averages change fast, so the
+                   interval grows: 1 during the first k updates, 2 during the next k, … `update(..., refresh=...)`
+                   decides otherwise
 
     State: `KFacState`, a NamedTuple of tensors. Under vmap and torch.compile pass `refresh=` explicitly, or use
     refresh_every=1. Raises HyperparameterError for values without meaning. Source: Martens & Grosse 2015 (1503.05671).

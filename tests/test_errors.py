@@ -129,11 +129,16 @@ def two_forms(p: Any, x: Tensor) -> Tensor:
 
 
 def convolutions(p: Any, x: Tensor) -> Tensor:
-    return sum(F.conv1d(x[..., None], p[name], p["b"]) for name in ("w", "v")).squeeze(-1)
+    return (F.conv1d(x[..., None], p["w"], p["b"]) + F.conv1d(x[..., None], p["v"], p["b"])).squeeze(-1)
 
 
 def mapped(*trees: Any) -> Callable[[], Any]:
     return lambda: _tree.tree_map(lambda *leaves: leaves, *trees)
+
+
+def wrong(value: Any) -> Any:
+    """A value that type checkers would not let pass."""
+    return value
 
 
 TRAINING = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -142,6 +147,7 @@ WRAPPED = object.__new__(nn.parallel.DistributedDataParallel)
 CONVOLUTIONS = {"w": FILTER, "v": FILTER + 0, "b": torch.ones(3)}
 LINEAR: Callable = lambda x, w: F.linear(x, w)  # noqa: E731
 TWICE: Callable = lambda x, w: F.linear(F.linear(x, w), w)  # noqa: E731
+SCALED: Callable = lambda x, w: F.linear(x, w) * w.norm()  # noqa: E731
 PRODUCT: Callable = lambda x, w: x @ w  # noqa: E731
 LAYOUT = Layout("w", "linear", "w", "b", (2, 3), (0, 1), outputs=2)
 HYPER, MISMATCH, CAPTURE, STATE = (
@@ -156,6 +162,7 @@ CASES = {
     "a gradient is missing": Case(lambda: pack(LAYOUT, {"w": W[:2]}), MISMATCH, "'b'", "structure of the param"),
     "batch norm mixes": Case(module(BATCH_STATISTICS), CAPTURE, "'weight'", ".eval()"),
     "sparse embedding": Case(module(nn.Embedding(5, 2, sparse=True), TOKENS), CAPTURE, "'weight'", "without sparse"),
+    "one tensor twice": Case(plan(FN, {"a": W, "b": W}), CAPTURE, "'a'", "clone one"),
     "no examples": Case(plan(FN, PARAMS, X[:0]), errors.BatchError, "[0, 3]", "at least one"),
     "a shared group norm": Case(plan(shared_norm, {"w": W[0]}), CAPTURE, "'w'", "unclaimed={'w': 'diagonal'}"),
     "examples interleaved": Case(plan(interleaved), CAPTURE, "'w'", "[examples, positions, ...]"),
@@ -172,21 +179,22 @@ CASES = {
         plan(lambda p, x: x * p["w"].sum()), errors.UncapturedParameterError, "'w'", "unclaimed={'w': 'diagonal'}"
     ),
     "fewer uses": Case(drifting(TWICE, LINEAR), errors.PlanMismatchError, "1 uses", "make a new plan"),
-    "more uses": Case(drifting(LINEAR, TWICE), errors.PlanMismatchError, "a use more", "make a new plan"),
-    "another use": Case(drifting(LINEAR, PRODUCT), errors.PlanMismatchError, "einsum with 'w'", "make a new plan"),
+    "more uses": Case(drifting(LINEAR, TWICE), errors.PlanMismatchError, "wanted   1 uses", "make a new plan"),
+    "another use": Case(drifting(LINEAR, PRODUCT), errors.PlanMismatchError, "'einsum'", "make a new plan"),
+    "a use that no kind sees": Case(drifting(LINEAR, SCALED), errors.PlanMismatchError, "'w' used by", "a new plan"),
     "outputs without examples": Case(
         lambda: step(lambda p, x: F.linear(x, p["w"]).T, {"w": W}), errors.BatchError, "[3, 4]", "return [N,"
     ),
-    "sharing": Case(lambda: kf.value_grad_and_stats(FN, MSE, sharing="sum"), HYPER, "'sum'", "'expand' or 'reduce'"),
+    "sharing": Case(lambda: kf.value_grad_and_stats(FN, MSE, sharing=wrong("sum")), HYPER, "'sum'", "'expand'"),
     "noise": Case(lambda: step(estimator=kf.estimators.monte_carlo(), noise=Y), HYPER, "[4, 2]", "wanted  [1, 4, 2]"),
     "no generator": Case(lambda: step(estimator=kf.estimators.monte_carlo()), HYPER, "monte_carlo", "generator="),
     "samples": Case(lambda: kf.estimators.monte_carlo(0), HYPER, "samples", "at least 1"),
     "chunk size": Case(lambda: kf.estimators.exact(-1), HYPER, "chunk_size", "at least 1"),
-    "solver": Case(lambda: kf.curvature.kronecker("lu"), HYPER, "'lu'", "'cholesky' or 'eigh'"),
+    "solver": Case(lambda: kf.curvature.kronecker(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
     "damping": Case(lambda: kf.kfac(damping=-1.0), HYPER, "damping", "not negative"),
     "infinite damping": Case(lambda: kf.kfac(damping=float("nan")), HYPER, "damping", "finite"),
-    "split": Case(lambda: kf.kfac(split="half"), HYPER, "'half'", "'pi', 'none' or 'exact'"),
-    "average": Case(lambda: kf.kfac(average="ema"), HYPER, "'ema'", "'debiased' or 'warmup'"),
+    "split": Case(lambda: kf.kfac(split=wrong("half")), HYPER, "'half'", "'pi', 'none' or 'exact'"),
+    "average": Case(lambda: kf.kfac(average=wrong("ema")), HYPER, "'ema'", "'debiased' or 'warmup'"),
     "decay": Case(lambda: kf.kfac(decay=1.0), HYPER, "decay", "[0, 1)"),
     "refresh_every": Case(lambda: kf.kfac(refresh_every=0), HYPER, "refresh_every", "at least 1"),
     "refresh under vmap": Case(vmapped, STATE, "vmap", "refresh=True"),

@@ -54,7 +54,7 @@ def where_examples(one: Found, two: Found) -> Where | None:
             )
         return None
     if len(a) == len(b) and len(grown) == 1 and b[grown[0]] == 2 * a[grown[0]]:
-        if _interleaved(one.output, two.output, grown[0]):
+        if _interleaved(one.inputs, two.inputs, grown[0], a[grown[0]]):
             raise CaptureError(
                 explain(
                     f"the examples are interleaved in the input of {one.kind.name} with {owner(one)!r}.",
@@ -74,13 +74,18 @@ def where_examples(one: Found, two: Found) -> Where | None:
     )
 
 
-def _interleaved(one: Tensor, two: Tensor, dim: int) -> bool:
-    """Whether every second of the folded rows, and not the first half, is the first example. Not asked of traced
-    tensors.
+def _interleaved(one: Tensor, two: Tensor, dim: int, fold: int) -> bool:
+    """Whether the rows of the first example lie apart in a batch of two. Not asked of traced tensors.
+
+    `one` and `two` are a use's inputs for one and two examples. The rows of an example are together in (2, f), apart
+    in (r, 2, f/r) for any r > 1 that divides f; whichever is nearest to the rows for one example is what happened.
     """
-    fold = one.shape[dim]
-    if fold == 1 or torch.compiler.is_compiling() or _wrapped(two):
+    if fold == 1 or one.shape[dim] != fold or torch.compiler.is_compiling() or _wrapped(two):
         return False
-    own = one.movedim(dim, 0)
-    both = two.movedim(dim, 0)
-    return bool((both[::2] - own).norm() < (both[:fold] - own).norm())
+    own, both = one.movedim(dim, 0).double(), two.movedim(dim, 0).double()
+
+    def distance(r: int) -> Tensor:
+        return (both.unflatten(0, (r, 2, fold // r))[:, 0].flatten(0, 1) - own).norm()
+
+    together = distance(1)
+    return any(bool(distance(r) < together) for r in range(2, fold + 1) if fold % r == 0)

@@ -94,6 +94,6 @@ def _mismatch(got: object, wanted: object) -> PlanMismatchError:
             got=got,
             wanted=wanted,
             why="its control flow depends on values, or the plan was made for other inputs",
-            options="make a new plan for these inputs (leave `plan` out and one is made)",
+            options="make a new plan for these inputs, or a new value_grad_and_stats when none was passed",
         )
     )

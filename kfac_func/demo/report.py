@@ -43,9 +43,9 @@ def table(histories: Mapping[str, History], leader: str) -> str:
     after       1 steps           5.000
     after       2 steps           4.000
     after       4 steps           2.000
-    after     1.0 seconds         5.000
-    after     2.0 seconds         4.000
-    after     4.0 seconds         2.000
+    after    1.00 seconds         5.000
+    after    2.00 seconds         4.000
+    after    4.00 seconds         2.000
     """
     steps = [max(1, round(fraction * histories[leader].steps[-1])) for fraction in FRACTIONS]
     seconds = [fraction * histories[leader].seconds[-1] for fraction in FRACTIONS]
@@ -55,7 +55,7 @@ def table(histories: Mapping[str, History], leader: str) -> str:
         lines.append(f"after {step:>7} steps  " + _row(losses))
     for second in seconds:
         losses = [loss_at(history, second=second) for history in histories.values()]
-        lines.append(f"after {second:>7.1f} seconds" + _row(losses))
+        lines.append(f"after {second:>7.2f} seconds" + _row(losses))
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ def module(m: nn.Module, x: Tensor, form: Any, rows: Columns | None = None, **mo
     torch.manual_seed(0)
     fn, params = kf.make_functional(m.double())
     params = {k: rand(*v.shape) if v.ndim == 1 else v for k, v in params.items()}
-    return Row(fn, params, x, {form.weight if isinstance(form, Form) else form.names[0]: form}, rows, **more)
+    return Row(fn, params, x, {"weight": form}, rows, **more)
 
 
 def linear(x: Tensor, bias: bool = True) -> Row:
@@ -128,14 +128,13 @@ def norm(m: nn.Module, *size: int) -> Row:
 
 def batch_norm() -> nn.Module:
     m = nn.BatchNorm1d(3)
-    m.running_mean.copy_(torch.arange(3.0))
-    m.running_var.copy_(torch.arange(1.0, 4.0))
+    m.running_mean, m.running_var = torch.arange(3.0), torch.arange(1.0, 4.0)
     return m
 
 
 # --------------------------------------------------------------------------------- raw tensors
 
-T_ = {"matrix": lambda w: w.T}
+T_: dict[str, Any] = {"matrix": lambda w: w.T}
 X, XT = rand(N, 3), rand(N, 2, 3)
 HEADS, GROUPS = rand(N, 2, 6), rand(N, 2, 3)
 
@@ -189,7 +188,7 @@ ROWS = {
     "layer_norm on [T, N, d]": around(
         norm(nn.LayerNorm(3), 2, 3), lambda x: x.transpose(0, 1), lambda y: y.transpose(0, 1)
     ),
-    "layer_norm over two": norm(nn.LayerNorm((2, 3)), 2, 2, 3),
+    "layer_norm over two": norm(nn.LayerNorm([2, 3]), 2, 2, 3),
     "layer_norm without bias": norm(nn.LayerNorm(3, bias=False), 2, 3),
     "rms_norm": norm(nn.RMSNorm(3), 2, 3),
     "group_norm": norm(nn.GroupNorm(2, 4), 4, 3),

@@ -59,7 +59,7 @@ def jacobians(row: Row, c: Tensor) -> list[list[dict[str, Tensor]]]:
     return [[{k: e[v, n] for k, e in each.items()} for n in range(1 if row.shared else N)] for v in range(len(c))]
 
 
-def check(got: Tensor, wanted: Tensor) -> None:
+def check(got: Any, wanted: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import kfac_func as kf
 from kfac_func import _tree
-from kfac_func.demo.run import problems
-from kfac_func.demo.training import Budget, Method, train
+from kfac_func.demo.run import SETTINGS, problems
+from kfac_func.demo.training import Budget, train
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -132,7 +132,7 @@ def setting(model: str, device: Any) -> tuple[Any, dict, Tensor]:
     return step, params, x.to(device)
 
 
-def transformation(split: str = "pi") -> kf.GradientTransformation:
+def transformation(split: Any = "pi") -> kf.GradientTransformation:
     return kf.chain(kf.kfac(damping=lambda step: 0.1 / (1 + step), split=split), kf.sgd(0.1, momentum=0.9))
 
 
@@ -183,8 +183,8 @@ def test_a_state_moves_between_devices_in_a_file():
 
 def test_a_quick_demo():
     (problem,) = problems("curves", quick=True)
-    method, budget = Method("K-FAC", 0.03, 0.1), Budget(problem.steps)
+    method, budget = SETTINGS["curves"][0], Budget(problem.steps)
     history, cpu = (train(problem, method, budget, device=device, every=1) for device in (str(DEVICE), "cpu"))
     assert history.steps == list(range(problem.steps + 1))
-    assert history.losses[-1] < 0.9 * history.losses[0]
+    assert history.losses[-1] < history.losses[0]
     assert history.losses[0] == pytest.approx(cpu.losses[0], rel=1e-4)

@@ -100,7 +100,7 @@ def apart(new: Any, *old: Any) -> None:
 def test_no_call_changes_what_it_is_given_or_shares_what_it_returns(problem, curvature):
     module, x = problem()
     fn, params = kf.make_functional(module)
-    step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), unclaimed="diagonal")
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), unclaimed="diagonal")
     tx = kf.chain(kf.kfac(curvature(), damping=0.1), kf.sgd(0.1, momentum=0.9))
     batch, old = (x, Y), list(module.state_dict().values())
     with untouched(params, batch, old):
@@ -127,11 +127,12 @@ def test_no_call_changes_what_it_is_given_or_shares_what_it_returns(problem, cur
 
 def test_the_module_itself_stays_as_it_was():
     module, x = images()
-    module[0].weight.grad = torch.ones_like(module[0].weight)
+    first = next(module.parameters())
+    first.grad = torch.ones_like(first)
     held, modes = copy.deepcopy(module), [m.training for m in module.modules()]
     fn, params = kf.make_functional(module)
-    step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy())
-    with untouched(list(module.state_dict().values()), module[0].weight.grad):
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.cross_entropy())
+    with untouched(list(module.state_dict().values()), first.grad):
         step(params, (x, Y), generator=torch.Generator().manual_seed(0))
     assert [m.training for m in module.modules()] == modes
     assert [p.grad is None for p in module.parameters()] == [False] + [True] * 4
@@ -142,7 +143,7 @@ def test_the_module_itself_stays_as_it_was():
 def everything(module: nn.Module, x: Tensor, estimator: Any, params: dict | None = None) -> Any:
     fn, own = kf.make_functional(module)
     params = own if params is None else params
-    step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=estimator, unclaimed="diagonal")
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=estimator, unclaimed="diagonal")
     value, grads, stats = step(params, (x, Y), generator=torch.Generator().manual_seed(3))
     tx = kf.chain(kf.kfac(damping=0.1), kf.sgd(0.1, momentum=0.9))
     updates, state = tx.update(grads, tx.init(params), params, stats=stats)
@@ -193,7 +194,7 @@ def test_parameters_that_require_gradients_give_the_same_without_history(problem
 def test_a_generator_is_the_only_source_of_randomness():
     module, x = images()
     fn, params = kf.make_functional(module)
-    step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.cross_entropy())
     draws = torch.Generator().manual_seed(0)
     one, other = (step(params, (x, Y), generator=draws)[2].grads for _ in range(2))
     again = step(params, (x, Y), generator=torch.Generator().manual_seed(0))[2].grads

@@ -18,7 +18,7 @@ X, Y = torch.randn(6, 3, generator=G), torch.randint(4, (6,), generator=G)
 LOSS = kf.losses.cross_entropy()
 
 
-def problem(dtype: torch.dtype = torch.float32) -> tuple[Any, dict, Any]:
+def problem(dtype: torch.dtype = torch.float32) -> tuple[dict, torch.Tensor, Any]:
     torch.manual_seed(0)
     fn, params = kf.make_functional(
         nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 4)).to(dtype)
@@ -26,7 +26,7 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Any, dict, Any]:
     return params, X.to(dtype), kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.monte_carlo())
 
 
-def chain(split: str = "pi") -> kf.GradientTransformation:
+def chain(split: Any = "pi") -> kf.GradientTransformation:
     return kf.chain(kf.kfac(damping=0.1, refresh_every=3, split=split), kf.sgd(0.1, momentum=0.9))
 
 
@@ -60,7 +60,8 @@ def test_a_run_goes_on_from_a_file_bit_for_bit(split, saved_at):
     tx = chain(split)
     middle = run(tx, params, tx.init(params), range(saved_at), x, step)
     wanted = run(tx, *middle, range(saved_at, 25), x, step)
-    same(run(chain(split), *through_a_file(middle), range(saved_at, 25), x, step), wanted)
+    params, state = through_a_file(middle)
+    same(run(chain(split), params, state, range(saved_at, 25), x, step), wanted)
 
 
 def test_a_file_needs_its_transformation_before_anything_else():
@@ -75,6 +76,18 @@ def test_a_file_needs_its_transformation_before_anything_else():
             call()
     _, met = tx.update(grads, loaded, params)
     same(kf.precondition(met, grads), kf.precondition(state, grads))
+
+
+def test_a_file_keeps_the_whole_description():
+    def fn(p: dict, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, p["w"]) * p["scale"]
+
+    params = {"w": torch.ones(4, 3), "scale": torch.ones(4), "idle": torch.ones(1)}
+    step: Any = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.exact(), unclaimed="identity")
+    state = kf.observe(kf.kfac().init(params), step(params, (X, Y))[2])
+    rows, again = (kf.describe(one).splitlines()[1:] for one in (state, through_a_file(state)))
+    assert rows == again
+    assert len(rows) == 4
 
 
 def test_old_states_stay_usable():
@@ -139,7 +152,7 @@ def test_a_model_under_autocast_has_gradients_in_the_dtype_of_its_parameters():
 
 def other_stats() -> kf.Stats:
     fn, params = kf.make_functional(nn.Linear(3, 4))
-    step = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.empirical())
+    step: Any = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.empirical())
     return step(params, (X, Y))[2]
 
 

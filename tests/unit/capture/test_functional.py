@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,8 @@ class Named(nn.Module):
 class Special(nn.Linear):
     """A subclass, and a layer called as a function."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(super().forward(x).tanh(), self.weight.T)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(super().forward(input).tanh(), self.weight.T)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_inputs_are_a_tensor_positions_or_keywords(inputs):
         ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     )
     assert torch.equal(fn(params, inputs), module(*args, **kwargs))
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     _, grads, stats = step(params, (inputs, torch.zeros(4, 2)))
     torch.testing.assert_close(grads, step(params, (inputs, torch.zeros(4, 2)), stats=False)[1])
     assert stats.blocks()["inner.weight"].examples == 4
@@ -65,7 +67,7 @@ def test_buffers_are_constants_copied_once():
     fn, params = kf.make_functional(module)
     assert set(params) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     wanted = fn(params, X)
-    module[1].running_mean.fill_(7.0)
+    dict(module.named_buffers())["1.running_mean"].fill_(7.0)
     assert torch.equal(fn(params, X), wanted)
 
 
@@ -74,7 +76,7 @@ def test_tied_parameters_appear_once_and_get_the_gradient_of_all_uses():
     module[2].weight = module[0].weight
     fn, params = kf.make_functional(module)
     assert set(params) == {"0.weight", "2.bias"}
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     _, grads, stats = step(params, (X, X))
     F.mse_loss(module(X), X).backward()
     torch.testing.assert_close(grads, {"0.weight": module[0].weight.grad, "2.bias": module[2].bias.grad})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
-def plan_of(module: nn.Module, x: object = X, **options: object) -> kf.Plan:
+def plan_of(module: nn.Module, x: object = X, **options: Any) -> kf.Plan:
     return kf.make_plan(*kf.make_functional(module), x, **options)
 
 
@@ -74,8 +76,8 @@ def test_policies_for_what_no_kind_sees_and_what_the_user_takes_back(options, un
 )
 def test_gradients_do_not_depend_on_policies(unclaimed):
     loss, y = kf.losses.mse(), torch.zeros(4, 3)
-    rules = unclaimed if isinstance(unclaimed, str) else {"*": "identity", **unclaimed}
-    step = kf.value_grad_and_stats(used, loss, estimator=kf.estimators.exact(), unclaimed=rules)
+    rules: Any = unclaimed if isinstance(unclaimed, str) else {"*": "identity", **unclaimed}
+    step: Any = kf.value_grad_and_stats(used, loss, estimator=kf.estimators.exact(), unclaimed=rules)
     value, grads, stats = step(USED, (X, y), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((value, grads), step(USED, (X, y), stats=False)[:2])
     assert grads["idle"].tolist() == [0.0, 0.0]
@@ -101,15 +103,15 @@ def test_an_explicit_plan_replaces_planning():
         return fn(p, x)
 
     plan = kf.make_plan(fn, params, X)
-    step = kf.value_grad_and_stats(counted, kf.losses.mse(), estimator=kf.estimators.empirical())
+    step: Any = kf.value_grad_and_stats(counted, kf.losses.mse(), estimator=kf.estimators.empirical())
     _, _, stats = step(params, (X, torch.zeros(4, 2)), plan=plan)
     assert calls == [4]
     assert stats.rules.value.plan is plan
 
 
 class Masked(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * (self.weight > 0), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight * (self.weight > 0), self.bias)
 
 
 class Attention(nn.Module):
@@ -122,8 +124,8 @@ class Attention(nn.Module):
 
 
 class Penalised(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.weight.square().sum()
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + self.weight.square().sum()
 
 
 def twice(p: dict, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +153,7 @@ UNSEEN = {
     "bias in place": (lambda p, x: (x @ p["w"]).add_(p["b"]), RAW, X, "b", "add"),
     "detached": (lambda p, x: F.linear(x, p["w"].detach()), {"w": W}, X, "w", "detach"),
     "part of it": (lambda p, x: F.linear(x, p["w"][:2]), {"w": W}, X, "w", "getitem"),
+    "input of a layer": (lambda p, x: x * F.linear(p["v"], p["w"]).sum(), {"w": W, "v": W + 0}, X, "v", "linear"),
     "product of parameters": (lambda p, x: x @ (p["w"] @ p["v"]), {"w": W, "v": W + 0}, X, "v", "matmul"),
 }
 
@@ -170,7 +173,7 @@ def test_strict_errors_name_the_path_the_use_and_the_ways_out(fn, params, x, pat
 @pytest.mark.parametrize(("fn", "params", "x", "path", "op"), UNSEEN.values(), ids=UNSEEN)
 def test_unseen_parameters_still_get_their_gradient(fn, params, x, path, op):
     del path, op
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical(), strict=False)
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical(), strict=False)
     batch = x, torch.zeros_like(fn(params, x))
     value, grads, _ = step(params, batch, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((value, grads), step(params, batch, stats=False)[:2])
@@ -180,7 +183,7 @@ def test_one_tensor_under_two_paths_gives_each_its_own_gradient_or_an_error():
     def fn(p: dict, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x, p["a"]).sin(), p["b"])
 
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     params, batch = {"a": W, "b": W}, (X, torch.zeros(4, 3))
     try:
         _, grads, _ = step(params, batch)
@@ -198,6 +201,11 @@ def interleaved(p: dict, x: torch.Tensor) -> torch.Tensor:
     return F.linear(torch.stack([x, 2 * x]).flatten(0, 1), p["w"]).unflatten(0, (2, -1)).sum(0)
 
 
+def copies(p: dict, x: torch.Tensor) -> torch.Tensor:
+    rows = torch.stack([x.abs(), -x.abs()], 1).flatten(0, 1)
+    return F.linear(torch.cat([rows, rows]), p["w"]).unflatten(0, (2, -1, 2)).sum((0, 2))
+
+
 def by_size(p: dict, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, p["w"] if len(x) == 1 else p["v"])
 
@@ -207,7 +215,7 @@ def two_forms(p: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def convolutions(p: dict, x: torch.Tensor) -> torch.Tensor:
-    return sum(F.conv1d(x[..., None], p[name], p["b"]) for name in ("w", "v")).squeeze(-1)
+    return (F.conv1d(x[..., None], p["w"], p["b"]) + F.conv1d(x[..., None], p["v"], p["b"])).squeeze(-1)
 
 
 FILTERS = {"w": torch.ones(3, 3, 1), "v": torch.ones(3, 3, 1), "b": B}
@@ -217,6 +225,8 @@ REFUSED = {
     "other parameters for two examples": (by_size, {"w": W, "v": W + 0}, {}, CaptureError, "for one example than"),
     "examples are nowhere": (nowhere, {"w": W}, {}, CaptureError, "cannot be found"),
     "examples interleaved": (interleaved, {"w": W}, {}, CaptureError, "interleaved"),
+    "examples interleaved, zero weight": (interleaved, {"w": 0 * W}, {}, CaptureError, "interleaved"),
+    "examples between copies": (copies, {"w": W}, {}, CaptureError, "examples"),
     "a weight in two forms": (two_forms, {"w": W}, {}, CaptureError, "do not form one block"),
     "a bias of two convolutions": (convolutions, FILTERS, {}, CaptureError, "with several weights"),
 }
@@ -235,6 +245,13 @@ def test_a_batch_has_examples(inputs):
         kf.make_plan(*kf.make_functional(mlp()), inputs)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_planning_does_not_write_into_the_inputs(size):
+    x = X[:size].clone()
+    kf.make_plan(lambda p, x: F.linear(x.mul_(2), p["w"]), {"w": W}, x)
+    assert torch.equal(x, X[:size])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_planning_leaves_the_global_generator_alone(training):
     fn, params = kf.make_functional(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2)).train(training))
@@ -246,7 +263,7 @@ def test_planning_leaves_the_global_generator_alone(training):
 
 def test_dropout_draws_once_per_step_and_the_gradient_is_that_of_the_same_mask():
     fn, params = kf.make_functional(nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 2)))
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     found = []
     for stats in (True, False):
         torch.manual_seed(7)

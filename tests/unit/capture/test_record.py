@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfac_func as kf
+from kfac_func import _tree
 from kfac_func._errors import BatchError, PlanMismatchError
 
 UP = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -44,7 +46,7 @@ BRANCHES: dict[str, Callable[[dict, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("fn", BRANCHES.values(), ids=BRANCHES)
 def test_a_model_that_leaves_its_plan_is_noticed(fn):
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     y = torch.zeros_like(fn(PARAMS, UP))
     step(PARAMS, (UP, y))
     with pytest.raises(PlanMismatchError) as caught:
@@ -56,7 +58,7 @@ def test_a_model_that_leaves_its_plan_is_noticed(fn):
 def test_a_plan_for_other_inputs_is_refused_and_made_anew_without_it():
     fn, params = kf.make_functional(nn.Linear(3, 2))
     long, short = torch.ones(2, 5, 3), torch.ones(2, 4, 3)
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical())
     plan = kf.make_plan(fn, params, long)
     with pytest.raises(PlanMismatchError, match=r"giving \[2, 4, 2\]"):
         step(params, (short, torch.zeros(2, 4, 2)), plan=plan)
@@ -72,7 +74,7 @@ def test_an_input_written_in_place_is_noticed():
         x.mul_(2)
         return y * x
 
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.empirical())
     params, batch = {"w": W}, (UP, UP)
     with pytest.raises(RuntimeError, match="inplace"):
         step(params, batch, stats=False)  # torch notices
@@ -91,7 +93,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("module", IN_PLACE.values(), ids=IN_PLACE)
 def test_activations_may_write_in_place(module):
     fn, params = kf.make_functional(module.double())
-    step = kf.value_grad_and_stats(fn, kf.losses.mse("batchmean"), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse("batchmean"), estimator=kf.estimators.exact())
     batch = UP, torch.ones_like(fn(params, UP))
     value, grads, stats = step(params, batch)
     torch.testing.assert_close((value, grads), step(params, batch, stats=False)[:2])
@@ -110,7 +112,7 @@ MIXED = {
 
 @pytest.mark.parametrize("fn", MIXED.values(), ids=MIXED)
 def test_outputs_keep_the_examples_first(fn):
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     with pytest.raises(BatchError, match="outputs") as caught:
         step({"w": W}, (UP, fn({"w": W}, UP)))
     assert "for 4 examples" in str(caught.value)
@@ -137,13 +139,13 @@ TREES = {
 
 @pytest.mark.parametrize(("params", "fn", "name"), TREES.values(), ids=TREES)
 def test_parameters_are_any_tree(params, fn, name):
-    step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
     value, grads, stats = step(params, (UP, UP))
     plain = step(params, (UP, UP), stats=False)
     torch.testing.assert_close(value, plain[0])
-    kf._tree.tree_map(torch.testing.assert_close, plain[1], grads)
+    _tree.tree_map(torch.testing.assert_close, plain[1], grads)
     assert list(stats.blocks()) == [name]
     tx = kf.kfac(damping=0.1)
     updates, state = tx.update(grads, tx.init(params), params, stats=stats)
-    assert kf._tree.leaves(kf.apply_updates(params, updates))[0].shape == (3, 3)
+    assert _tree.leaves(kf.apply_updates(params, updates))[0].shape == (3, 3)
     assert int(state.observed) == 1

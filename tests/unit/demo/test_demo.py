@@ -87,7 +87,7 @@ def test_report_reads_equal_steps_and_equal_seconds():
     rows = [line.split() for line in report.table(histories, "K-FAC").splitlines()]
     assert rows[0] == ["K-FAC", "Adam"]
     assert rows[3] == ["after", "10", "steps", "2.000", "7.000"]
-    assert rows[6] == ["after", "4.0", "seconds", "2.000", "5.000"]
+    assert rows[6] == ["after", "4.00", "seconds", "2.000", "5.000"]
     assert "after 5 of 10 steps (2.0 s)" in report.verdict(histories, "K-FAC", "Adam")
     assert report.verdict(histories, "Adam", "K-FAC") == (
         "Adam did not reach K-FAC's final loss (2.000 after 10 steps, 4.0 s) in 20 steps."
@@ -140,7 +140,7 @@ def test_quick_run_writes_tables_and_plots(tmp_path: Path, capsys: pytest.Captur
 
 def test_methods_share_start_and_batches_and_runs_repeat():
     problem = run.problems("digits", quick=True)[0]._replace(sizes=(64, 6, 3))
-    methods = [Method("K-FAC", 0.01, 0.1), Method("Adam", 0.01), Method("SGD", 0.01), Method("SGD", 0.01)]
+    methods = [Method("K-FAC", 0.01), Method("Adam", 0.01), Method("SGD", 0.01), Method("SGD", 0.01)]
     kfac, adam, sgd, again = (train(problem, method, Budget(4), every=2) for method in methods)
     assert kfac.losses[0] == adam.losses[0] == sgd.losses[0]
     assert sgd.losses == again.losses
