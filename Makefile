@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Many small tests side by side: one thread each, or the workers fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format docs bench clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m kfac_func.demo $(DEMO)
@@ -29,6 +29,9 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(VENV)/.installed-docs
+	$(PY) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-dev
 	$(PY) -m pytest benchmarks --benchmark-only

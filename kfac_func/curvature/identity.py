@@ -34,7 +34,7 @@ def identity() -> Structure:
     """
 
     def measure(block: Block) -> IdentityState:
-        return IdentityState(torch.tensor(float(_size(block))))
+        return IdentityState(torch.full((), float(_size(block)), device=block.uses[0].inputs.device))
 
     def factorize(state: IdentityState, damping: Tensor, split: str) -> tuple[()]:
         del state, damping, split

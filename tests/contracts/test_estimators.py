@@ -224,9 +224,8 @@ def test_forward_only_has_no_output_factor(name):
         assert torch.allclose(m.g.values, m.kept / m.positions)  # 1 but for padding, whose rows are zero
         assert _same(m.a, exact.matrix[block].a)
         width = m.g.values.shape[-1]
-        dense = kf.curvature.kronecker().dense(
-            exact.matrix[block]._replace(g=torch.eye(width, dtype=torch.float64).expand(*m.g.values.shape, width))
-        )
+        eye = torch.eye(width, dtype=torch.float64).expand(*m.g.values.shape, width) * (m.kept / m.positions)
+        dense = kf.curvature.kronecker().dense(exact.matrix[block]._replace(g=eye))
         assert close(kf.curvature.kronecker().dense(m), dense)
         assert close(squares(measured(case, kf.estimators.forward_only())[block]).flatten(), dense.diagonal())
     assert all(bool((m.squares == 1).all()) for m in forward.vector.values())

@@ -1,0 +1,100 @@
+"""The table of gradient transformations: a new one is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from kfac_func._tree import tree_map
+from kfac_func.transforms import (
+    adam,
+    adamw,
+    add_decayed_weights,
+    chain,
+    clip_by_global_norm,
+    identity,
+    named_chain,
+    scale,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_schedule,
+    schedules,
+    sgd,
+    trace,
+)
+
+
+class Row(NamedTuple):
+    """A transformation with its options, and for every option another value that must change the updates."""
+
+    name: str
+    make: Callable[..., Any]
+    options: dict[str, Any]
+    changed: dict[str, Any]
+
+
+def falling(count):
+    return 0.5 / (1.0 + count)
+
+
+def cosine(init: float) -> Any:
+    return schedules.cosine_decay(init, 10)
+
+
+def nested(momentum: float, rate: float) -> Any:
+    return chain(clip_by_global_norm(1.0), chain(trace(momentum), add_decayed_weights(cosine(0.1))), scale(rate))
+
+
+def named(momentum: float) -> Any:
+    return named_chain(("zebra", trace(momentum)), ("ant", scale_by_adam()))
+
+
+def foreign(decay: float) -> Any:
+    """A foreign pair that returns its own state as the updates, as torchopt's momentum does."""
+
+    def update(updates, state):
+        moved = tree_map(lambda m, u: m if u is None else decay * m + u, state, updates)
+        return tree_map(lambda u, m: m, updates, moved), moved
+
+    return chain((lambda params: tree_map(torch.zeros_like, params), update))
+
+
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
+ADAM_CHANGED = {"b1": 0.5, "b2": 0.9, "eps": 0.1, "eps_root": 0.1}
+
+ROWS = [
+    Row("identity", identity, {}, {}),
+    Row("scale", scale, {"step_size": 1.0}, {"step_size": 2.0}),
+    Row("scale_by_schedule", scale_by_schedule, {"step_size_fn": falling}, {"step_size_fn": cosine(1.0)}),
+    Row(
+        "rate",
+        scale_by_learning_rate,
+        {"learning_rate": 0.5, "flip_sign": True},
+        {"learning_rate": 1.0, "flip_sign": False},
+    ),
+    Row("rate_schedule", scale_by_learning_rate, {"learning_rate": cosine(0.5)}, {"learning_rate": falling}),
+    Row("trace", trace, {"decay": 0.9, "nesterov": False}, {"decay": 0.5, "nesterov": True}),
+    Row("trace_nesterov", trace, {"decay": 0.9, "nesterov": True}, {"decay": 0.5}),
+    Row("scale_by_adam", scale_by_adam, ADAM, ADAM_CHANGED),
+    Row("clip", clip_by_global_norm, {"max_norm": 0.5}, {"max_norm": 0.25}),
+    Row("clip_inactive", clip_by_global_norm, {"max_norm": 1e6}, {"max_norm": 0.25}),
+    Row("decay", add_decayed_weights, {"weight_decay": 0.1}, {"weight_decay": 0.2}),
+    Row("decay_schedule", add_decayed_weights, {"weight_decay": cosine(0.1)}, {"weight_decay": cosine(0.2)}),
+    Row("sgd", sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.1}),
+    Row(
+        "sgd_all",
+        sgd,
+        {"learning_rate": cosine(0.1), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"learning_rate": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": cosine(0.1)},
+    ),
+    Row("adam", adam, {"learning_rate": 0.1, **ADAM}, {"learning_rate": 0.2, **ADAM_CHANGED}),
+    Row(
+        "adamw", adamw, {"learning_rate": 0.1, **ADAM}, {"learning_rate": falling, **ADAM_CHANGED, "weight_decay": 0.1}
+    ),
+    Row("nested_chain", nested, {"momentum": 0.9, "rate": 0.5}, {"momentum": 0.5, "rate": 0.25}),
+    Row("named_chain", named, {"momentum": 0.9}, {"momentum": 0.5}),
+    Row("empty_chain", chain, {}, {}),
+    Row("foreign_last", foreign, {"decay": 0.9}, {"decay": 0.5}),
+]
