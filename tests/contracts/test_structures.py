@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -212,9 +212,10 @@ def test_moments_are_means_over_examples(row, name):
             continue
         every = [leaves(structure.measure(part[block])) for part in parts]
         for wanted, *found in zip(leaves(structure.measure(whole)), *every, strict=True):
-            assert close(sum(found) / n, wanted)
+            total = cast(Tensor, sum(found))
+            assert close(total / n, wanted)
             if wanted.ndim > 0:
-                assert not close(sum(found), wanted, 1e-3)
+                assert not close(total, wanted, 1e-3)
 
 
 # ------------------------------------------------------------------ mutants: every contract can turn red
@@ -229,6 +230,7 @@ def _other_order(factored: Any, v: Tensor) -> Tensor:
 
 
 def _without_bias(state: KroneckerState) -> KroneckerState:
+    assert isinstance(state.a, Tensor)
     a = state.a.clone()
     a[-1], a[:, -1] = 0, 0
     return state._replace(a=a)

@@ -20,7 +20,8 @@ N, CHANNELS, SIZE = 5, 4, (6, 7, 3)
 
 def _case(dims: int, kernel: tuple[int, ...], bias: bool, **options: Any) -> Case:
     """A convolution of rectangular images with one asymmetric kernel, tanh, and two fixed outputs."""
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](CHANNELS, 6, kernel, bias=bias, **options)
+    make: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    conv = make(CHANNELS, 6, kernel, bias=bias, **options)
     size = torch.Size(SIZE[:dims])
     inputs = randn(N, CHANNELS, *size, seed=1)
     entries = conv(inputs.float())[0].numel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ def _case(fn, params, inputs, outputs, positions=1) -> Case:
         if not path.endswith("_bias"):
             bias = f"{path}_bias"
             blocks[path] = Spec(path, bias if bias in params else None)
-    return Case(fn, params, inputs, targets, HALF, _half, blocks, dict.fromkeys(blocks, positions))
+    return Case(fn, params, cast(torch.Tensor, inputs), targets, HALF, _half, blocks, dict.fromkeys(blocks, positions))
 
 
 def _chain(p, x):

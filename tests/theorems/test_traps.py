@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,7 +123,7 @@ def test_uses_of_one_weight_share_their_positions():
     loss, targets = kf.losses.mse(), randn(7, 5, seed=2)
 
     def apart(p, x):
-        return sum(torch.tanh(F.linear(step, p["w"])) for step in x.unbind(1))
+        return cast(torch.Tensor, sum(torch.tanh(F.linear(step, p["w"])) for step in x.unbind(1)))
 
     def together(p, x):
         return torch.tanh(F.linear(x, p["w"])).sum(1)

@@ -21,6 +21,7 @@ def test_no_two_sizes_coincide(name):
     for block, spec in case.blocks.items():
         if spec.form == "vector" or (name, block) in SQUARE:
             continue
+        assert spec.weight is not None
         shape = leaves[spec.weight].shape
         o, i = (shape[1], shape[0]) if spec.form == "in_out" else (shape[0] // spec.groups, shape[1:].numel())
         sizes = [o, i + (spec.bias is not None), len(case.targets), case.positions[block]]

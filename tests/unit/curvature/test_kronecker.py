@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,10 +26,13 @@ def test_padding_counts_for_nothing():
     n = len(case.targets)
     frequency = torch.bincount(kept, minlength=11).double() / len(kept)
     a = merged(state)[0]
+    assert isinstance(a, Diagonal)
     assert close(a.values / a.values.sum(), frequency)
     assert close(state.kept, torch.tensor(len(kept) / n, dtype=torch.float64))
     block = measured(case)["embedding.weight"]
-    g = block.uses[0].grads.permute(1, 0, 2, 3).double()
+    grads = block.uses[0].grads
+    assert grads is not None
+    g = grads.permute(1, 0, 2, 3).double()
     mask = (case.inputs != 0)[:, None, :, None]
     wanted = torch.einsum("nvto,nvtp->op", g * mask, g * mask)
     assert close(K.dense(state), torch.kron(wanted / n, torch.diag(frequency)))
@@ -73,7 +78,7 @@ def test_a_tie_adds_its_parts_in_one_unit():
     a, g, t = merged(state)
     parts = [state, state.turned]
     assert close(t, torch.tensor(4.0, dtype=torch.float64))
-    a_sum, g_sum = 0, 0
+    a_sum, g_sum = torch.zeros(()), torch.zeros(())
     for part in parts:
         one, two = (_full(f) for f in (part.a, part.g))
         c = float(((two.trace() / len(two)) / (one.trace() / len(one))) ** 0.5)
@@ -89,17 +94,21 @@ def _full(factor):
 def test_balanced_is_the_same_product():
     a, g = torch.diag(torch.tensor([4.0, 2.0])), torch.eye(3) * 0.5
     one, two = balanced(a, g)
+    assert isinstance(one, torch.Tensor)
+    assert isinstance(two, torch.Tensor)
     assert close(torch.kron(two, one), torch.kron(g, a), 1e-6)
     assert close(mean_eigenvalue(one), mean_eigenvalue(two), 1e-6)
     dead = torch.zeros(3, 3)
-    assert [bool((x == y).all()) for x, y in zip(balanced(a, dead), (a, dead), strict=True)] == [True, True]
+    same = [cast(torch.Tensor, x) == y for x, y in zip(balanced(a, dead), (a, dead), strict=True)]
+    assert [bool(entries.all()) for entries in same] == [True, True]
 
 
 def test_reduce_by_hand():
     """ā is the mean of the inputs of an example, g the sum of its gradients, T = 1."""
     w, x = randn(5, 4), randn(7, 3, 4, seed=1)
     loss, targets = kf.losses.mse(reduction="batchmean", scale=0.5), randn(7, 5, seed=2)
-    case = Case(lambda p, x: torch.tanh(F.linear(x, p["w"])).sum(1), {"w": w}, x, targets, loss, None, {}, {})
+    value = cast(Any, None)  # not used here
+    case = Case(lambda p, x: torch.tanh(F.linear(x, p["w"])).sum(1), {"w": w}, x, targets, loss, value, {}, {})
     state = K.measure(measured(case, sharing="reduce")["w"])
     mean = x.mean(1)
     slope = 1 - torch.tanh(F.linear(x, w)) ** 2

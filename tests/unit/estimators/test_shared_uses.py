@@ -6,7 +6,7 @@ Averages are over all 2^N sign patterns or all C^N labels of the N = 3 examples.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ EXACT, EMPIRICAL = kf.estimators.exact(), kf.estimators.empirical()
 
 
 def _average(weighted: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    return {k: sum(weight * found[k] for weight, found in weighted) for k in weighted[0][1]}
+    return {k: cast(Tensor, sum(weight * found[k] for weight, found in weighted)) for k in weighted[0][1]}
 
 
 def _over_signs(monkeypatch: pytest.MonkeyPatch, case: Case, estimator: Estimator, **options: Any) -> Any:
@@ -127,10 +127,11 @@ def test_factor_of_a_shared_use():
     with pytest.MonkeyPatch.context() as patch:
         for u in oracles.patterns(3, (0.25, 0.75)):
             patch.setattr(statistics, "_uniform", lambda *args, u=u: u)
-            m = kf.curvature.kronecker().measure(step(case.params, case.batch)[2].blocks()["place"])
-            found.append(m.g / 8)
-    assert close(sum(found), wanted)
-    assert close(m.a.values, torch.full((4,), 0.25, dtype=torch.float64))
+            stats = step(case.params, case.batch)[2]
+            assert stats is not None
+            found.append(kf.curvature.kronecker().measure(stats.blocks()["place"]))
+    assert close(cast(Tensor, sum(m.g / 8 for m in found)), wanted)
+    assert close(found[-1].a.values, torch.full((4,), 0.25, dtype=torch.float64))
 
 
 def _examples_first(p: dict, x: Tensor) -> Tensor:
