@@ -12,7 +12,13 @@ from __future__ import annotations
 
 
 def explain(what: str, **lines: object) -> str:
-    """Lay out an error message: a sentence, then one aligned line per keyword that is not None."""
+    """Lay out an error message: a sentence, then one aligned line per keyword that is not None.
+
+    >>> print(explain("damping must not be negative.", got=-1, why=None, options="pass 0 or more"))
+    damping must not be negative.
+      got      -1
+      options  pass 0 or more
+    """
     shown = {name: text for name, text in lines.items() if text is not None}
     width = max((len(name) for name in shown), default=0) + 2
     return "\n".join([what, *(f"  {name:<{width}}{text}" for name, text in shown.items())])

@@ -17,7 +17,7 @@ from kfac_func.diagnostics.plots import History, loss_curves
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SETTINGS = {
     "curves": (Method("K-FAC", 0.3), Method("Adam", 0.003), Method("SGD", 0.03)),
-    "digits": (Method("K-FAC", 0.1), Method("Adam", 0.003), Method("SGD", 0.03)),
+    "digits": (Method("K-FAC", 0.1), Method("Adam", 0.003), Method("SGD", 0.01)),
 }
 FAIRNESS = f"""\
 Each method has one tuned number, its rate, from one grid for all, {RATES},
