@@ -115,6 +115,7 @@ def train(
             value = float(loss.value(fn(params, images), images))
         return value if math.isfinite(value) else math.inf
 
+    step(params, (images[:2], images[:2]), stats=False)  # torch loads its compiler at the first differentiation
     history = History([0], [0.0], [evaluate(params)])
     done, seconds = 0, 0.0
     while math.isfinite(history.losses[-1]):
