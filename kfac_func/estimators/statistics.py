@@ -101,7 +101,7 @@ def value_grad_and_stats(
                summed over positions
     strict     raise UncapturedParameterError when a parameter is used where no layer kind can see it
     unclaimed  "diagonal" or "identity" for such parameters, for all or by path pattern, e.g. {"head.*": "diagonal"}
-    measure    reduce the statistics to a curvature's moments at once (`blockwise(kronecker()).measure`): with
+    measure    reduce the statistics to moments at once (`blockwise(kronecker(), diagonal()).measure`): with
                `exact(chunk_size)` only one chunk of vectors is ever held
 
     The step takes further:
