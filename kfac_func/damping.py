@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Factor, mean_eigenvalue
+from kfac_func._tree import storable
+from kfac_func.blocks import Factor, mean_eigenvalue, scaled, transpose
+from kfac_func.linalg import Solver, damped_inverse, eigenbasis, times
 
 Split = Literal["pi", "none", "exact"]
 """How λ meets a block: factored with π, factored with π = 1, or exactly, in the eigenbasis."""
@@ -32,3 +34,56 @@ def pi_split(a: Factor, g: Factor, damping: Tensor, split: Split = "pi") -> tupl
     dead = (top <= 0) | (bottom <= 0)
     pi = torch.where(dead, 1.0, torch.where(dead, 1.0, top) / torch.where(dead, 1.0, bottom)).sqrt()
     return root * pi, root / pi
+
+
+class KroneckerFactored(NamedTuple):
+    """The inverse factors of factored damping; 1/T is inside the second."""
+
+    a_inverse: Factor
+    g_inverse: Factor
+
+
+class EigenFactored(NamedTuple):
+    """Eigenbases and the inverse eigenvalues [(q), o, i] of exact damping."""
+
+    a_basis: Factor
+    g_basis: Factor
+    inverse: Tensor
+
+
+storable(KroneckerFactored, EigenFactored)
+
+
+def damped_product(
+    a: Factor, g: Factor, t: Tensor, damping: Tensor, split: str, solver: Solver = "cholesky"
+) -> KroneckerFactored | EigenFactored:
+    r"""What it takes to solve with T · (G ⊗ A) and the damping λ:
+
+        "pi", "none"   v = (1/T) (G + √λ'/π I)⁻¹ V (A + π√λ' I)⁻¹,        λ' = λ/T, π from the traces, or 1
+        "exact"        v = U_G [ (U_Gᵀ V U_A) ⊘ (T λ_G λ_Aᵀ + λ) ] U_Aᵀ
+
+    Shapes: A [(q), i, i], G [(q), o, o] in any form of a factor, T and λ numbers in units of the curvature.
+
+        >>> factored = damped_product(torch.eye(3) * 4, torch.eye(2), torch.tensor(1.0), torch.tensor(0.0), "pi")
+        >>> solve_product(factored, torch.ones(2, 3))
+        tensor([[0.2500, 0.2500, 0.2500],
+                [0.2500, 0.2500, 0.2500]])
+    """
+    if split == "exact":
+        a_values, a_basis = eigenbasis(a)
+        g_values, g_basis = eigenbasis(g)
+        values = t * g_values.unsqueeze(-1) * a_values.unsqueeze(-2)
+        return EigenFactored(a_basis, g_basis, 1 / (values + damping.to(values.dtype)))
+    a_shift, g_shift = pi_split(a, g, damping / t, "pi" if split == "pi" else "none")
+    return KroneckerFactored(
+        damped_inverse(a, a_shift, solver),
+        scaled(damped_inverse(g, g_shift, solver), (1 / t).expand(g_shift.shape)),
+    )
+
+
+def solve_product(factored: KroneckerFactored | EigenFactored, v: Tensor) -> Tensor:
+    """(T · G ⊗ A + damping)⁻¹ v for v [(q), o, i]."""
+    if isinstance(factored, KroneckerFactored):
+        return times(factored.g_inverse, v, factored.a_inverse)
+    a, g, inverse = factored
+    return times(g, times(transpose(g), v, a) * inverse, transpose(a))

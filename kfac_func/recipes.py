@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._typing import ScalarOrSchedule
-from kfac_func.curvature import Curvature, Structure, blockwise, diagonal, kronecker
+from kfac_func.curvature import Curvature, Structure, blockwise, kronecker
 from kfac_func.damping import Split
 from kfac_func.precondition import preconditioner
 from kfac_func.state import Average, Options
@@ -61,5 +61,5 @@ def kfac(
         raise HyperparameterError(explain("refresh_every must be at least 1.", got=refresh_every))
     chosen = kronecker() if curvature is None else curvature
     if isinstance(chosen, Structure):
-        chosen = blockwise(chosen, diagonal())
+        chosen = blockwise(chosen)
     return preconditioner(chosen, damping, Options(split, decay, average, refresh_every))

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     decay: float
     average: Average
     refresh_every: int
+    scale_every: int = 1
 
 
 class Rules(NamedTuple):
@@ -47,7 +48,9 @@ class KFacState(NamedTuple):
     step       updates so far, 0-dim int64 on the CPU (it decides about refreshes without asking a device)
     observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
     failed     factorisations that were not finite and did not replace the one before
-    weight     W of the zero-debiased averages               damping    λ, float64
+    scaled     batches whose scalings were absorbed (EKFAC)
+    weight     W of the zero-debiased averages               scale_weight   that of the scalings
+    damping    λ, float64
     curvature  the averages, () before the first statistics
     factored   what solving needs, () before the first statistics
     """
@@ -56,7 +59,9 @@ class KFacState(NamedTuple):
     observed: Tensor
     rejected: Tensor
     failed: Tensor
+    scaled: Tensor
     weight: Tensor
+    scale_weight: Tensor
     damping: Tensor
     curvature: Any
     factored: Any

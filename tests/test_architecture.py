@@ -34,7 +34,7 @@ HOMES = {
     "tqdm": "demo.run",
 }
 SIBLINGS = {"curvature", "layers", "losses"}
-SIBLING_IMPORTS = {("curvature.two_level", "curvature.coarse")}
+SIBLING_IMPORTS = {("curvature.two_level", "curvature.coarse"), ("curvature.blockwise", "curvature.diagonal")}
 CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing"}
 FILE_LINES, FUNCTION_LINES = 300, 60
 

@@ -11,7 +11,7 @@ import io
 import linecache
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import kfac_func as kf
 from kfac_func import _tree, errors
 from kfac_func.blocks import Layout, pack
+from tests import error_cases
+from tests.error_cases import Case, wrong
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -32,15 +34,6 @@ TOKENS = torch.tensor([[0, 1], [2, 2], [4, 3], [1, 0]])
 W, FILTER = torch.eye(3) + 0.1, torch.ones(3, 3, 1)
 FN, PARAMS = kf.make_functional(nn.Linear(3, 2))
 MSE = kf.losses.mse()
-
-
-class Case(NamedTuple):
-    """A call that fails, its error, what the message names, and the way out (or what is wanted) that it shows."""
-
-    call: Callable[[], Any]
-    error: type[Exception]
-    names: str
-    offers: str
 
 
 def plan(fn: Callable, params: Any = None, x: Any = X, **options: Any) -> Callable[[], Any]:
@@ -136,11 +129,6 @@ def mapped(*trees: Any) -> Callable[[], Any]:
     return lambda: _tree.tree_map(lambda *leaves: leaves, *trees)
 
 
-def wrong(value: Any) -> Any:
-    """A value that type checkers would not let pass."""
-    return value
-
-
 TRAINING = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
 BATCH_STATISTICS = nn.BatchNorm1d(3, track_running_stats=False)
 WRAPPED = object.__new__(nn.parallel.DistributedDataParallel)
@@ -154,7 +142,7 @@ HYPER, MISMATCH, CAPTURE, STATE = (
     errors.HyperparameterError, errors.TreeMismatchError, errors.CaptureError, errors.StateError,
 )  # fmt: skip
 
-CASES = {
+CASES = error_cases.CASES | {
     "trees differ": Case(mapped({"a": 1}, {"b": 1}), MISMATCH, "'a'", "the same parameters"),
     "no such leaf": Case(lambda: _tree.replace_leaves({"a": 1}, {"b": 2}), MISMATCH, "'b'", "structure of the param"),
     "one path twice": Case(plan(FN, {"a.b": W, "a": {"b": W}}), MISMATCH, "'a.b'", "rename"),
@@ -190,7 +178,6 @@ CASES = {
     "no generator": Case(lambda: step(estimator=kf.estimators.monte_carlo()), HYPER, "monte_carlo", "generator="),
     "samples": Case(lambda: kf.estimators.monte_carlo(0), HYPER, "samples", "at least 1"),
     "chunk size": Case(lambda: kf.estimators.exact(-1), HYPER, "chunk_size", "at least 1"),
-    "solver": Case(lambda: kf.curvature.kronecker(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
     "damping": Case(lambda: kf.kfac(damping=-1.0), HYPER, "damping", "not negative"),
     "infinite damping": Case(lambda: kf.kfac(damping=float("nan")), HYPER, "damping", "finite"),
     "split": Case(lambda: kf.kfac(split=wrong("half")), HYPER, "'half'", "'pi', 'none' or 'exact'"),

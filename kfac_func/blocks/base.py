@@ -29,7 +29,25 @@ class Diagonal(NamedTuple):
     values: Tensor
 
 
-Factor = Tensor | Diagonal
+class Blocks(NamedTuple):
+    """A symmetric matrix of dense blocks along its diagonal: k equal ones [..., k, b, b], then the rest [..., c, c]."""
+
+    values: Tensor
+    rest: Tensor
+
+
+class Offsets(NamedTuple):
+    """A symmetric matrix of patches whose kernel offsets do not mix: index (c, δ) = c·K + δ meets (c', δ') if δ = δ'.
+
+    values [..., K, C, C] are the C x C matrices of the K offsets, rest [..., c, c] that of the last c ∈ {0, 1}
+    coordinates (the homogeneous 1).
+    """
+
+    values: Tensor
+    rest: Tensor
+
+
+Factor = Tensor | Diagonal | Blocks | Offsets
 
 
 class Layout(NamedTuple):
@@ -72,6 +90,9 @@ class Kind(NamedTuple):
     moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ
     per_example(x, g, options) -> [V, B, p]         vector kinds only: the gradients V_n of scale and shift
     kept(x, options) -> [B, S] of bool              matrix kinds with padding: the rows that are not padding
+    offsets(options) -> K                           matrix kinds with a kernel: i = C·K columns in the order (C, K)
+    grid(g) -> (height, width, …)                   matrix kinds with a map: the sizes of S, for g [V, B, *output]
+    diagonal                                        whether `moment` is Diagonal
 
     A vector kind has `rows`, `output_rows`, `moment` None; a matrix kind has `per_example` None.
     """
@@ -83,20 +104,9 @@ class Kind(NamedTuple):
     moment: Callable[..., Factor] | None = None
     per_example: Callable[..., Tensor] | None = None
     kept: Callable[..., Tensor] | None = None
-
-
-class Moments(NamedTuple):
-    """The second moments of a block, all of them MEANS over examples: F ≈ (T²/kept) · (G ⊗ A).
-
-    a [(q), i(+1), i(+1)] and g [(q), o, o] are means over the N·T rows; `positions` is T and `kept` the mean number
-    of rows per example that are not padding, both 0-dim. Rows of padding are zero in A and in G, which T²/kept makes
-    good.
-    """
-
-    a: Factor
-    g: Factor
-    positions: Tensor
-    kept: Tensor
+    offsets: Callable[..., int] | None = None
+    grid: Callable[..., tuple[int, ...]] | None = None
+    diagonal: bool = False
 
 
 class UseRule(NamedTuple):

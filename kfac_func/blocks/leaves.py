@@ -25,7 +25,7 @@ def pack(layout: Layout, leaves: dict[str, Tensor]) -> Tensor:
     lead = (layout.groups, layout.outputs) if layout.groups > 1 else (layout.outputs,)
     parts = []
     if layout.weight is not None:
-        parts.append(leaves[layout.weight].permute(layout.order).reshape(*lead, -1))
+        parts.append(leaves[layout.weight].reshape(layout.shape).permute(layout.order).reshape(*lead, -1))
     if layout.bias is not None:
         parts.append(leaves[layout.bias].reshape(*lead, 1))
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
@@ -41,9 +41,8 @@ def unpack(layout: Layout, v: Tensor, shapes: dict[str, torch.Size]) -> dict[str
         columns = v.shape[-1] - (layout.bias is not None)
         permuted = [layout.shape[d] for d in layout.order]
         inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
-        found[layout.weight] = (
-            v[..., :columns].reshape(permuted).permute(inverse).clone(memory_format=torch.contiguous_format)
-        )
+        weight = v[..., :columns].reshape(permuted).permute(inverse).clone(memory_format=torch.contiguous_format)
+        found[layout.weight] = weight.reshape(shapes[layout.weight])
     if layout.bias is not None:
         found[layout.bias] = v[..., -1].reshape(shapes[layout.bias]).clone()
     return found

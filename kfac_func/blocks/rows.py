@@ -61,10 +61,3 @@ def output_rows(use: Use, sharing: str) -> Tensor:
 def with_constant(rows: Tensor, bias: bool) -> Tensor:
     """Append the homogeneous 1 to input rows."""
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1) if bias else rows
-
-
-def second_moment(rows: Tensor) -> Tensor:
-    """Σ over all leading dimensions of row rowᵀ: [..., (q), d] -> [(q), d, d], `rows` given as [K, d] or [K, q, d]."""
-    if rows.ndim == 2:
-        return rows.mT @ rows
-    return torch.einsum("kqi,kqj->qij", rows, rows)

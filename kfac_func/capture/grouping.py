@@ -71,7 +71,7 @@ def _layout(name: str, found: Found, bias: str | None) -> Layout:
 
 def _lone_layout(found: Found, name: str) -> Layout:
     assert found.bias is not None
-    if found.kind.rows is None or found.groups > 1 or found.kind.name == "conv":
+    if found.kind.rows is None or found.groups > 1 or found.kind.name.startswith("conv"):
         raise CaptureError(
             explain(
                 f"bias {name!r} of {found.kind.name} is used with several weights, or its weight with several biases.",

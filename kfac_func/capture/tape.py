@@ -103,9 +103,11 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         del types
         kwargs = kwargs or {}
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        if func in layers.expansions and any(tensor in self.known for tensor in tensors):
+            return self._expand(func, args, kwargs)
         handler = layers.handlers.get(func)
         found = handler(Call(func, args, kwargs, self.ref)) if handler is not None else None
-        tensors = list(_tensors((args, tuple(kwargs.values()))))
         if found is not None:
             self._touch(tensors, func)
             return self._record(found, tensors, func)
@@ -117,6 +119,14 @@ class Watch(TorchFunctionMode):
             for tensor in tensors:
                 if tensor in self.known and not self._follow(func, args, kwargs, result):
                     self.strays.append(Stray(self.known[tensor].path, name_of(func)))
+        return result
+
+    def _expand(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run a function that has several uses inside, and recognise each."""
+        before = len(self.strays)
+        with self:
+            result = layers.expansions[func](*args, **kwargs)
+        self.strays[before:] = [Stray(path, f"{name_of(func)} ({op})") for path, op in self.strays[before:]]
         return result
 
     def _record(self, found: Found, tensors: list[Tensor], func: Any) -> Tensor:

@@ -11,58 +11,85 @@ import torch
 from torch import Tensor
 
 from kfac_func import _tree
+from kfac_func.blocks import Blocks, Diagonal, KroneckerState, Offsets, Pairs
+
+_tree.storable(KroneckerState, Diagonal, Blocks, Offsets, Pairs)  # what states are made of
+
+Look = Callable[..., Any]
+"""look(frame) -> moments: measures the batch at hand, and averages over ranks where there are several."""
 
 
 class Structure(NamedTuple):
     """An approximation of the curvature F of one block, as pure functions. V is the block's array [o, i], [q, o, i]
     or [p].
 
-    measure(block) -> moments                    what a batch says: MEANS over examples, so they average over
-                                                 micro-batches and ranks
-    absorb(state, moments, fraction) -> state    moving average, state + fraction · (moments − state); cheap
-    factorize(state, damping, split) -> factored what `solve` needs; dear. `damping` in units of F
+    Every batch with statistics:
+
+    prepare(block) -> prepared                   what `measure` needs of the batch, made once per batch
+    measure(prepared, frame) -> moments          what the batch says: MEANS over examples, so they average over
+                                                 micro-batches and ranks. `frame` is () at first; structures that see
+                                                 the batch through their state (a basis, factors) choose further ones
+    absorb(state, look, fraction) -> state       moving average: state + fraction · (moments − state) for
+                                                 moments = look(()). `state` is () at first; fraction 0 changes nothing
+
+    When due (every `refresh_every`; the scalings every `scale_every`):
+
+    refresh(state, damping, split) -> state      the dear part of the state: a basis, roots. Without it: nothing
+    scale(state, look, fraction) -> state        moving average of what is seen in the refreshed frame; None: nothing
+    factorize(state, damping, split) -> factored what `solve` needs; `damping` in units of F. Also after every `scale`
+
+    Every step:
+
     solve(factored, v) -> v                      (F̂ + λ)⁻¹ v: linear, symmetric positive definite; cheap
     dense(state) -> [p, p]                       F̂ without damping, on row-major vec(V): the oracle, never used in
                                                  training
     matrix                                       whether it needs a matrix block
 
-    State and factored are NamedTuples of tensors.
+    State, moments and factored are NamedTuples of tensors.
     """
 
     name: str
-    measure: Callable[[Any], Any]
+    measure: Callable[..., Any]
     factorize: Callable[[Any, Tensor, str], Any]
     solve: Callable[[Any, Tensor], Tensor]
     dense: Callable[[Any], Tensor]
     matrix: bool = False
-    absorb: Callable[[Any, Any, Tensor], Any] = lambda state, moments, fraction: average(state, moments, fraction)
+    prepare: Callable[[Any], Any] = lambda block: block
+    absorb: Callable[[Any, Look, Tensor], Any] = lambda state, look, fraction: average(state, look(()), fraction)
+    refresh: Callable[[Any, Tensor, str], Any] = lambda state, damping, split: state
+    scale: Callable[[Any, Look, Tensor], Any] | None = None
 
 
 class Curvature(NamedTuple):
     """The same functions for all blocks together, as dictionaries by block name.
 
-    init(moments) -> state                       zeros in the form of the moments
-    measure(blocks) -> moments
-    absorb(state, moments, fraction) -> state
-    factorize(state, damping, split) -> factored
-    solve(factored, vs) -> vs
+    prepare(blocks) -> prepared
+    measure(prepared, frame) -> moments          `frame` () at first, then what the curvature's own `absorb` asks for
+    absorb(state, look, fraction) -> state
+    refresh(state, damping, split) -> state
+    scale(state, look, fraction) -> state
+    factorize(state, damping, split, kept) -> factored
+                                                 `kept`: an older one, to be kept where `scale` cannot have changed
+                                                 it; () to make all anew
+    solve(factored, vs) -> vs                    for blocks by name, any of them
     dense(state) -> one dense matrix per block
+    scales                                       whether `scale` does anything
     """
 
     name: str
-    init: Callable[[Any], Any]
-    measure: Callable[[Any], Any]
-    absorb: Callable[[Any, Any, Tensor], Any]
-    factorize: Callable[[Any, Tensor, str], Any]
+    prepare: Callable[[Any], Any]
+    measure: Callable[..., Any]
+    absorb: Callable[[Any, Look, Tensor], Any]
+    refresh: Callable[[Any, Tensor, str], Any]
+    scale: Callable[[Any, Look, Tensor], Any]
+    factorize: Callable[..., Any]
     solve: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
     dense: Callable[[Any], dict[str, Tensor]]
+    scales: bool = False
 
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:
-    """state + fraction · (moments − state), leaf by leaf, in the dtype of the state."""
+    """state + fraction · (moments − state), leaf by leaf, in the dtype of the state; () is a state of zeros."""
+    if isinstance(state, tuple) and state == ():
+        return _tree.tree_map(lambda m: m * fraction.to(m.dtype), moments)
     return _tree.tree_map(lambda x, m: torch.lerp(x, m.to(x.dtype), fraction.to(x.dtype)), state, moments)
-
-
-def zeros(moments: Any) -> Any:
-    """An empty state in the form of the moments."""
-    return _tree.tree_map(torch.zeros_like, moments)

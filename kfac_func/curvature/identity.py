@@ -5,7 +5,7 @@ F = I (undamped on purpose), v = V
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ def identity() -> Structure:
     True
     """
 
-    def measure(block: Block) -> IdentityState:
+    def measure(block: Block, frame: Any = ()) -> IdentityState:
+        del frame
         return IdentityState(torch.full((), float(_size(block)), device=block.uses[0].inputs.device))
 
     def factorize(state: IdentityState, damping: Tensor, split: str) -> tuple[()]:

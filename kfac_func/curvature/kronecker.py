@@ -8,53 +8,26 @@ Eschenhagen et al. 2023 (2311.00636).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, explain
-from kfac_func._tree import storable
-from kfac_func.blocks import Block, Diagonal, Factor, add, balanced, kronecker_moments, scaled
+from kfac_func.blocks import Block, KroneckerState, Oversize, Side, densify, kronecker_state, merged, pattern
 from kfac_func.curvature.base import Structure
-from kfac_func.damping import pi_split
-from kfac_func.linalg import Solver, damped_inverse, densify, eigenbasis, kron, times, transpose
+from kfac_func.damping import damped_product, solve_product
+from kfac_func.linalg import Solver, kron
 
 
-class KroneckerState(NamedTuple):
-    """A [(q), i, i], G [(q), o, o] (dense or `Diagonal`), T and the rows that are not padding, 0-dim: F ≈ (T²/kept) ·
-    (G ⊗ A).
-
-    `turned` is a second set for uses that see the transposed matrix (an embedding tied to a head), () without such
-    uses.
-    """
-
-    a: Factor
-    g: Factor
-    positions: Tensor
-    kept: Tensor
-    turned: Any = ()
-
-
-class KroneckerFactored(NamedTuple):
-    """The inverse factors of factored damping; 1/T is inside the second."""
-
-    a_inverse: Factor
-    g_inverse: Factor
-
-
-class EigenFactored(NamedTuple):
-    """Eigenbases and the inverse eigenvalues [(q), o, i] of exact damping."""
-
-    a_basis: Factor
-    g_basis: Factor
-    inverse: Tensor
-
-
-storable(KroneckerState, KroneckerFactored, EigenFactored, Diagonal)
-
-
-def kronecker(solver: Solver = "cholesky") -> Structure:
+def kronecker(
+    solver: Solver = "cholesky",
+    *,
+    sua: bool = False,
+    sides: Side = "both",
+    max_dim: int | None = None,
+    oversize: Oversize = "blocks",
+    centred: bool = False,
+) -> Structure:
     r"""The K-FAC block, damped as `split` says:
 
         "pi", "none"   v = (1/T) (G + √λ'/π I)⁻¹ V (A + π√λ' I)⁻¹,        λ' = λ/T, π from the traces, or 1
@@ -62,9 +35,18 @@ def kronecker(solver: Solver = "cholesky") -> Structure:
 
     solver    how factors of "pi" and "none" are inverted: "cholesky" (fast) or "eigh" (negative eigenvalues are cut
               at 0)
+    sua       spatially uncorrelated activations: entries of A between different kernel offsets of a convolution are
+              left out, so A is one C x C matrix per offset, of the input positions which that offset sees; the
+              homogeneous 1 is a block of its own
+    sides     "input": A alone, G becomes the identity times its mean eigenvalue (one-sided); "output": G alone
+    max_dim   a factor with more rows is not dense: it keeps "blocks" of at most max_dim rows along its diagonal, or
+              its "diagonal", as `oversize` says. A is never formed, so that heads of 50 000 rows are affordable
+    centred   covariances in place of second moments: A − m mᵀ with the mean row m, likewise G (the 1 of the bias is
+              not centred)
 
     V [o, i + 1], row-major vec(V) pairs with G ⊗ A; grouped layers have a Kronecker product per group. An embedding
-    has a diagonal A. Raises HyperparameterError for an unknown solver.
+    has a diagonal A. Raises HyperparameterError for unknown values. Sources: Martens & Grosse 2015 (1503.05671), §6.3;
+    sua: Grosse & Martens 2016 (1602.01407), §4; sides="input": Benzing 2022 (2201.12250).
 
         >>> k = kf.curvature.kronecker()
         >>> state = kf.curvature.KroneckerState(torch.eye(3) * 4, torch.eye(2), torch.tensor(1.0), torch.tensor(1.0))
@@ -74,52 +56,17 @@ def kronecker(solver: Solver = "cholesky") -> Structure:
     """
     if solver not in ("cholesky", "eigh"):
         raise HyperparameterError(explain("unknown solver.", got=repr(solver), wanted="'cholesky' or 'eigh'"))
+    kept = pattern(sua=sua, sides=sides, max_dim=max_dim, oversize=oversize, centred=centred)
 
-    def measure(block: Block) -> KroneckerState:
-        plain, *turned = (KroneckerState(*moments) for moments in kronecker_moments(block))
-        return plain._replace(turned=turned[0]) if turned else plain
+    def measure(block: Block, frame: Any = ()) -> KroneckerState:
+        del frame
+        return kronecker_state(block, kept)
 
-    def factorize(state: KroneckerState, damping: Tensor, split: str) -> KroneckerFactored | EigenFactored:
-        a, g, t = merged(state)
-        if split == "exact":
-            a_values, a_basis = eigenbasis(a)
-            g_values, g_basis = eigenbasis(g)
-            values = t * g_values.unsqueeze(-1) * a_values.unsqueeze(-2)
-            return EigenFactored(a_basis, g_basis, 1 / (values + damping.to(values.dtype)))
-        a_shift, g_shift = pi_split(a, g, damping / t, "pi" if split == "pi" else "none")
-        return KroneckerFactored(
-            damped_inverse(a, a_shift, solver),
-            scaled(damped_inverse(g, g_shift, solver), (1 / t).expand(g_shift.shape)),
-        )
-
-    def solve(factored: KroneckerFactored | EigenFactored, v: Tensor) -> Tensor:
-        if isinstance(factored, KroneckerFactored):
-            return times(factored.g_inverse, v, factored.a_inverse)
-        a, g, inverse = factored
-        return times(g, times(transpose(g), v, a) * inverse, transpose(a))
+    def factorize(state: KroneckerState, damping: Tensor, split: str) -> Any:
+        return damped_product(*merged(state), damping, split, solver)
 
     def dense(state: KroneckerState) -> Tensor:
         a, g, t = merged(state)
         return t * kron(densify(g), densify(a))
 
-    return Structure(f"kronecker[{solver}]", measure, factorize, solve, dense, matrix=True)
-
-
-def merged(state: KroneckerState) -> tuple[Factor, Factor, Tensor]:
-    """A, G and T of one Kronecker product T · (G ⊗ A) for all uses; T = 1 before the first statistics.
-
-    Two sets are first scaled to equal mean eigenvalues, (A·c, G/c), so that activations and gradients are added in
-    one unit.
-    """
-    t = _scale(state)
-    if state.turned == ():
-        return state.a, state.g, t
-    other = _scale(state.turned)
-    pairs = ((t, *balanced(state.a, state.g)), (other, *balanced(state.turned.a, state.turned.g)))
-    total = t + other
-    return add([scaled(a, s / total) for s, a, _ in pairs]), add([scaled(g, s / total) for s, _, g in pairs]), total
-
-
-def _scale(state: KroneckerState) -> Tensor:
-    empty = state.kept <= 0  # before the first statistics
-    return torch.where(empty, 1.0, state.positions**2 / torch.where(empty, 1.0, state.kept))
+    return Structure(f"kronecker[{solver}{kept.name}]", measure, factorize, solve_product, dense, matrix=True)

@@ -121,3 +121,23 @@ def _dense_moment(x: Tensor, options: tuple, bias: bool) -> Factor:
 
 dense = Kind("dense", _dense_gradient, _dense_rows, _dense_output_rows, _dense_moment)
 """A contraction of the last dimension; `options` = (grouped,)."""
+
+
+# ------------------------------------------------- maps: inputs [B, C, *size], outputs [B, q·o, *size] or the like
+
+
+def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per dimension, from a number, one number in a sequence, or the sequence."""
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return given * dims if len(given) == 1 else given
+
+
+def maps(x: Tensor, dims: int, lead: int = 0) -> Tensor:
+    """[1, b, C, *size] -> [b, C, *size]: the images of an input that all examples share."""
+    return x.flatten(lead, lead + 1) if x.ndim == lead + dims + 3 else x
+
+
+def map_rows(g: Tensor, dims: int, groups: int) -> Tensor:
+    """Output gradients [V, B, q·o, *size] as rows [V, B, S, (q), o]."""
+    rows = maps(g, dims, lead=1).flatten(3).mT
+    return rows if groups == 1 else rows.unflatten(-1, (groups, -1))

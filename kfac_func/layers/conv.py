@@ -10,32 +10,21 @@ Padding modes other than zeros reach the call as an already padded input. Source
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func.blocks import Factor, Kind
-from kfac_func.layers.base import Call, Found, Handler, moment_of_rows, ref_of
-
-
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:
-    """One number per dimension, from a number, one number in a sequence, or the sequence."""
-    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return given * dims if len(given) == 1 else given
-
-
-def _merged(x: Tensor, dims: int, lead: int = 0) -> Tensor:
-    """[1, b, C, *size] -> [b, C, *size]: the images of an input that all examples share."""
-    return x.flatten(lead, lead + 1) if x.ndim == lead + dims + 3 else x
+from kfac_func.layers.base import Call, Found, Handler, map_rows, maps, moment_of_rows, per_dimension, ref_of
 
 
 def patches(x: Tensor, options: tuple) -> Tensor:
     """The patches of x [B, C, *size] as rows [B, S, (q), i], i = C/q · Π kernel in the order (C, k...)."""
     stride, padding, dilation, groups, kernel = options
     dims = len(kernel)
-    x = _merged(x, dims)
+    x = maps(x, dims)
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(dims):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])  # a view; window dimensions come last
@@ -46,14 +35,12 @@ def patches(x: Tensor, options: tuple) -> Tensor:
 
 
 def _output_rows(g: Tensor, options: tuple) -> Tensor:
-    groups, dims = options[3], len(options[4])
-    rows = _merged(g, dims, lead=1).flatten(3).mT
-    return rows if groups == 1 else rows.unflatten(-1, (groups, -1))
+    return map_rows(g, len(options[4]), groups=options[3])
 
 
 def _gradient(x: Tensor, g: Tensor, options: tuple) -> Tensor:
     stride, padding, dilation, groups, kernel = options
-    x, g = _merged(x, len(kernel)), _merged(g, len(kernel))
+    x, g = maps(x, len(kernel)), maps(g, len(kernel))
     shape = (g.shape[1], x.shape[1] // groups, *kernel)
     weight = g.new_zeros(()).expand(shape)  # only its shape is read
     none = [0] * len(kernel)
@@ -67,7 +54,15 @@ def _moment(x: Tensor, options: tuple, bias: bool) -> Factor:
     return moment_of_rows(patches(x, options).flatten(0, 1), bias)
 
 
-conv = Kind("conv", _gradient, patches, _output_rows, _moment)
+def _offsets(options: tuple) -> int:
+    return prod(options[-1])
+
+
+def _grid(g: Tensor) -> tuple[int, ...]:
+    return tuple(g.shape[3:])
+
+
+conv = Kind("conv", _gradient, patches, _output_rows, _moment, offsets=_offsets, grid=_grid)
 """`options` = (stride, padding, dilation, groups, kernel), each but groups a tuple of one number per dimension."""
 
 
@@ -78,7 +73,7 @@ def _symmetric(
     if padding == "valid":
         return x, (0,) * dims
     if padding != "same":
-        return x, _tuple(padding, dims)
+        return x, per_dimension(padding, dims)
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if all(t % 2 == 0 for t in total):
         return x, tuple(t // 2 for t in total)
@@ -97,7 +92,7 @@ def _conv(call: Call) -> Found | None:
     unbatched = x.ndim == dims + 1
     if unbatched:
         x, out = x.unsqueeze(0), out.unsqueeze(0)
-    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    stride, dilation = per_dimension(stride, dims), per_dimension(dilation, dims)
     x, padding = _symmetric(x, padding, kernel, dilation)
     return Found(
         kind=conv,

@@ -2,8 +2,8 @@
 
     y[n, s] = W[token[n, s]]        block V = ∂L/∂Wᵀ  [d, vocabulary]        A = diag(frequency of each token)
 
-Positions that hold `padding_idx` give no gradient; their rows are zero in A and G, and `Moments.kept` does not count
-them.
+Positions that hold `padding_idx` give no gradient; their rows are zero in A and G, and
+`KroneckerState.kept` does not count them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _kept(tokens: Tensor, options: tuple) -> Tensor:
     return torch.ones_like(flat, dtype=torch.bool) if options[1] is None else flat != options[1]
 
 
-embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment, kept=_kept)
+embedding = Kind("embedding", _gradient, _rows, _output_rows, _moment, kept=_kept, diagonal=True)
 """`options` = (number of embeddings, padding index or None, dtype)."""
 
 

@@ -12,5 +12,5 @@ from torch import Tensor
 def kron(g: Float[Tensor, "*q o o"], a: Float[Tensor, "*q i i"]) -> Float[Tensor, "p p"]:
     """The dense G ⊗ A, p = o·i; with a group dimension, the block-diagonal matrix of the groups."""
     if g.ndim == 2:
-        return torch.kron(g, a)
-    return torch.block_diag(*(torch.kron(one, other) for one, other in zip(g, a, strict=True)))
+        return torch.kron(g.contiguous(), a.contiguous())  # torch.kron views its operands
+    return torch.block_diag(*(kron(one, other) for one, other in zip(g, a, strict=True)))

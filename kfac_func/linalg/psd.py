@@ -1,6 +1,4 @@
-"""Symmetric positive semi-definite factors: damped inverses and eigenbases, dense or diagonal, with group dimensions
-in front.
-"""
+"""Symmetric positive semi-definite factors: damped inverses and eigenbases, in every form that a factor has."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Diagonal, Factor
+from kfac_func.blocks import Blocks, Diagonal, Factor, mapped, multiplied, transpose, widened
 
 Solver = Literal["cholesky", "eigh"]
 
@@ -22,37 +20,42 @@ def damped_inverse(factor: Factor, shift: Tensor, solver: Solver = "cholesky") -
     """
     if isinstance(factor, Diagonal):
         return Diagonal(1 / (factor.values + shift.to(factor.values.dtype)[..., None]))
-    shift = shift.to(factor.dtype)
-    if solver == "eigh":
-        values, basis = torch.linalg.eigh(factor)
-        return (basis / (values.clamp(min=0) + shift[..., None]).unsqueeze(-2)) @ basis.mT
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    lower, info = torch.linalg.cholesky_ex(factor + shift[..., None, None] * eye)
-    inverse = torch.cholesky_solve(eye.expand_as(factor), lower)
+
+    def inverse(block: Tensor) -> Tensor:
+        own = widened(shift.to(block.dtype), block)
+        return _by_eigh(block, own) if solver == "eigh" else _by_cholesky(block, own)
+
+    return mapped(inverse, factor)
+
+
+def _by_eigh(block: Tensor, shift: Tensor) -> Tensor:
+    values, basis = torch.linalg.eigh(block)
+    return (basis / (values.clamp(min=0).unsqueeze(-2) + shift)) @ basis.mT
+
+
+def _by_cholesky(block: Tensor, shift: Tensor) -> Tensor:
+    eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
+    lower, info = torch.linalg.cholesky_ex(block + shift * eye)
+    inverse = torch.cholesky_solve(eye.expand_as(block), lower)
     return torch.where((info == 0)[..., None, None], inverse, torch.nan)
 
 
 def eigenbasis(factor: Factor) -> tuple[Tensor, Factor]:
-    """Eigenvalues [..., d], cut at 0, and the orthogonal basis U with factor = U diag(values) Uᵀ (the identity for a
-    diagonal).
+    """Eigenvalues [..., d], cut at 0, and the orthogonal basis U of the same form with factor = U diag(values) Uᵀ (the
+    identity for a diagonal).
     """
     if isinstance(factor, Diagonal):
         return factor.values, Diagonal(torch.ones_like(factor.values))
-    values, basis = torch.linalg.eigh(factor)
-    return values.clamp(min=0), basis
+    if isinstance(factor, Tensor):
+        values, basis = torch.linalg.eigh(factor)
+        return values.clamp(min=0), basis
+    (main, main_basis), (rest, rest_basis) = (torch.linalg.eigh(block) for block in factor)
+    main = main if isinstance(factor, Blocks) else main.mT
+    values = torch.cat([main.flatten(-2), rest], dim=-1)
+    return values.clamp(min=0), type(factor)(main_basis, rest_basis)
 
 
 def times(left: Factor, v: Tensor, right: Factor) -> Tensor:
-    """left · v · right for symmetric or square factors."""
-    v = v * left.values.unsqueeze(-1) if isinstance(left, Diagonal) else left @ v
-    return v * right.values.unsqueeze(-2) if isinstance(right, Diagonal) else v @ right
-
-
-def transpose(factor: Factor) -> Factor:
-    """The transpose of a factor."""
-    return factor if isinstance(factor, Diagonal) else factor.mT
-
-
-def densify(factor: Factor) -> Tensor:
-    """The factor as a dense matrix."""
-    return torch.diag_embed(factor.values) if isinstance(factor, Diagonal) else factor
+    """left · v · right for matrices v [..., (q), o, i]."""
+    v = left @ v if isinstance(left, Tensor) else multiplied(v.mT, transpose(left)).mT
+    return multiplied(v, right)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 import kfac_func as kf
 from kfac_func import _tree
-from kfac_func.blocks import Diagonal, kronecker_moments, pack, per_example, squares, unpack
-from tests.contracts.kinds import ROWS, N, Row, ints
+from kfac_func.blocks import Diagonal, kronecker_state, pack, per_example, squares, unpack
+from tests.contracts import kinds, kinds_composed
+from tests.contracts.kinds import N, Row, ints
 
 SEED = 5
+ROWS = kinds.ROWS | kinds_composed.ROWS
 LOSS = kf.losses.cross_entropy()
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, for even kernels
@@ -127,7 +129,7 @@ def test_factors_are_means_over_all_rows(row):
         a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
     count = len(a) * (N if row.shared else 1)  # N·T
     assert (block.examples, block.positions) == (N, count // N)
-    (got,) = kronecker_moments(block)
+    got = kronecker_state(block)
     check(torch.diag_embed(got.a.values) if isinstance(got.a, Diagonal) else got.a, looped(a) / len(a))
     check(got.g, looped(g) / count)
     assert float(got.positions) == block.positions

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
-from kfac_func.blocks import Block, Diagonal
+from kfac_func.blocks import Block, Diagonal, merged
 from kfac_func.curvature import KroneckerState, Structure
-from kfac_func.curvature.kronecker import merged
 from tests import oracles
 from tests.zoo import CASES, close, measured, randn, subset
 

@@ -46,6 +46,15 @@ def conv() -> nn.Module:
     )
 
 
+def encoder() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose1d(2, 3, 1, bias=False),
+        nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    )
+
+
 G = torch.Generator().manual_seed(0)
 ROWS = torch.randn(6, 3, generator=G).double()
 MAPS = torch.randn(6, 2, 4, generator=G).double()
@@ -57,6 +66,7 @@ CASES = {
     "mlp, monte carlo": (mlp, ROWS, kf.estimators.monte_carlo(), (True, True), "inductor"),
     "conv, exact": (conv, MAPS, kf.estimators.exact(), (True, True), "aot_eager"),
     "conv, empirical": (conv, MAPS, kf.estimators.empirical(), (True, True), "aot_eager"),
+    "encoder, exact": (encoder, MAPS, kf.estimators.exact(), (True, True), "aot_eager"),
     "attention, monte carlo": (Attention, TOKENS, kf.estimators.monte_carlo(), (True, True), "aot_eager"),
 }
 

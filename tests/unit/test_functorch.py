@@ -37,13 +37,26 @@ class Words(nn.Module):
         return F.linear(h.mean(1), self.words.weight)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x.sin(), x)[0]
+
+
 MLP = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2))
 CONV = nn.Sequential(
     nn.Conv1d(2, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv1d(4, 3, 2), nn.Flatten(), nn.Linear(9, 2)
 )
+WIDENED = nn.Sequential(
+    nn.ConvTranspose1d(2, 4, 2, stride=2, groups=2), nn.Tanh(), Attention(), nn.Flatten(), nn.Linear(16, 2)
+)
 MODELS: dict[str, tuple[nn.Module, Tensor]] = {
     "mlp": (MLP, rand(6, 3)),
     "conv": (CONV, rand(6, 2, 4)),
+    "widened": (WIDENED, rand(6, 2, 2)),
     "words": (Words(), torch.randint(5, (6, 3), generator=G)),
 }
 TARGETS = torch.randint(2, (6,), generator=G)

@@ -56,6 +56,20 @@ def direction(case: Case, *, options: dict[str, Any] | None = None, **kfac: Any)
     return oracles.flat(tx.update(grads, tx.init(case.params), stats=stats)[0])
 
 
+def absorbed(structure: Any, block: Block, state: Any = (), fraction: float = 1.0, **moved: Any) -> Any:
+    """The state of a structure after one more batch with a refresh, in the order of the library."""
+    damping, split = torch.tensor(moved.get("damping", 0.03), dtype=torch.float64), moved.get("split", "pi")
+    prepared, share = structure.prepare(block), torch.tensor(fraction, dtype=torch.float64)
+
+    def look(frame: Any) -> Any:
+        return structure.measure(prepared, frame)
+
+    state = structure.absorb(state, look, share)
+    if moved.get("refresh", True):
+        state = structure.refresh(state, damping, split)
+    return state if structure.scale is None else structure.scale(state, look, share)
+
+
 def kronecker_block(block: Block) -> Tensor:
     """T G x A of a block, the library's K-FAC approximation of its curvature."""
     k = kf.curvature.kronecker()

@@ -117,10 +117,10 @@ class Masked(nn.Linear):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.inner = nn.MultiheadAttention(4, 2, kdim=3, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x, x, x, need_weights=False)[0]
+        return self.inner(x, x[..., :3], x, need_weights=False)[0]
 
 
 class Penalised(nn.Linear):
@@ -144,7 +144,7 @@ ATTENTION = kf.make_functional(Attention())
 UNSEEN = {
     "mask": (*kf.make_functional(Masked(3, 2)), X, "weight", "mul"),
     "weight norm": (*NORMED, X, "parametrizations.weight.original1", "weight_norm"),
-    "attention": (*ATTENTION, torch.ones(2, 3, 4), "inner.in_proj_weight", "multi_head_attention_forward"),
+    "attention": (*ATTENTION, torch.ones(2, 3, 4), "inner.in_proj_bias", "multi_head_attention_forward"),
     "regulariser": (*kf.make_functional(Penalised(3, 2)), X, "weight", "square"),
     "result used beside the bias": (twice, RAW, X, "b", "add, beside mul"),
     "result used before the bias": (before, RAW, X, "b", "add"),

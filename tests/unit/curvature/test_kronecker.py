@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kfac_func as kf
-from kfac_func.blocks import Diagonal, balanced, mean_eigenvalue
-from kfac_func.curvature.kronecker import merged
+from kfac_func.blocks import Diagonal, balanced, mean_eigenvalue, merged
 from tests import oracles
 from tests.oracles import Spec
 from tests.zoo import CASES, Case, close, direction, measured, outer, randn, run

@@ -46,7 +46,6 @@ class Recurrent(nn.Module):
 
 
 MODULES = {
-    "conv_transpose1d": (nn.ConvTranspose1d(3, 2, 2), X[..., None]),
     "bilinear": (nn.Bilinear(3, 3, 2), (X, X)),
     "prelu": (nn.PReLU(), X),
     "embedding_bag": (nn.EmbeddingBag(5, 3), TOKENS),

@@ -1,0 +1,85 @@
+"""The exact block as pairs of rows: V_m = Σ_s left[m, s] right[m, s]ᵀ and F = (1/N) Σ_m vec(V_m) vec(V_m)ᵀ.
+
+m runs over output vectors and examples. Everything that a structure wants to know beyond A and G (exact diagonals,
+Gram matrices, the action of F on Kronecker products) comes from these rows; a matrix V_m is formed for a few m only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func._errors import StateError, explain
+from kfac_func.blocks.base import Block, Use
+from kfac_func.blocks.rows import examples_first, input_rows, output_rows, precise, with_constant
+
+BUDGET = 2**24  # numbers that a chunk of matrices V_m may hold
+
+
+class Pairs(NamedTuple):
+    """left [V, B, S, (q), o] and right [V or 1, B, S, (q), i]; N is in `left` as 1/√N, so F = Σ_m vec V_m vec V_mᵀ.
+
+    A vector block has o = p, i = 1 and S = 1. B = N; but B = 1, with the rows of all examples, when a use is shared
+    by all of them: its vectors have mean zero then, so that products of the sum estimate the sum of products.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+def pairs(block: Block) -> Pairs:
+    """The rows of all uses of a block side by side. Raises StateError when there are no output vectors."""
+    if block.uses[0].grads is None:
+        raise StateError(
+            explain(
+                f"block {block.layout.name!r} has no output vectors.",
+                why="the estimator forward_only makes none, and this structure needs per-example gradients",
+                options="use monte_carlo(), exact() or empirical(); or kronecker() and diagonal() with forward_only()",
+            )
+        )
+    sides = [_sides(block, use) if block.layout.matrix else _vector(use) for use in block.uses]
+    if any(use.rule.where is None for use in block.uses):
+        sides = [tuple(x.flatten(1, 2).unsqueeze(1) for x in side) for side in sides]
+    if len(sides) > 1:
+        width = max(x.shape[0] for side in sides for x in side)
+        sides = [tuple(x.expand(width, *x.shape[1:]) for x in side) for side in sides]
+    left, right = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*sides, strict=True))
+    return Pairs(left * block.examples**-0.5, right)
+
+
+def _sides(block: Block, use: Use) -> tuple[Tensor, ...]:
+    a = with_constant(input_rows(use, block.sharing), block.layout.bias is not None).unsqueeze(0)
+    g = output_rows(use, block.sharing)
+    return (a, g) if use.rule.transposed else (g, a)
+
+
+def _vector(use: Use) -> tuple[Tensor, ...]:
+    kind, options, where = use.rule.kind, use.rule.options, use.rule.where
+    assert kind.per_example is not None
+    assert use.grads is not None
+    x, g = examples_first(use.inputs, where), examples_first(use.grads, where, lead=1)
+    found = kind.per_example(precise(x), precise(g), options)
+    found = found if where is None else found.unflatten(1, (-1, where.fold)).sum(dim=2)
+    return found.unsqueeze(2), found.new_ones(1, found.shape[1], 1, 1)
+
+
+def matrices(rows: Pairs) -> Tensor:
+    """All V_m/√N at once, [V, B, (q), o, i]."""
+    return torch.einsum("vbs...o,vbs...i->vb...oi", rows.left, rows.right)
+
+
+def chunks(rows: Pairs, numbers: int | None = None) -> Iterator[Pairs]:
+    """The same rows for a few examples at a time, so that V·(numbers per example) stays in the budget.
+
+    `numbers` defaults to the entries of a V_m.
+    """
+    left, right = rows
+    each = left.shape[0] * (left.shape[3:].numel() * right.shape[-1] if numbers is None else numbers)
+    size = max(1, BUDGET // each)
+    if size >= left.shape[1]:
+        yield rows
+        return
+    yield from (Pairs(x, y) for x, y in zip(left.split(size, dim=1), right.split(size, dim=1), strict=True))

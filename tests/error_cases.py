@@ -1,0 +1,60 @@
+"""Cases of `test_errors` for curvature: structures, their options, and what they ask of statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import kfac_func as kf
+from kfac_func import errors
+
+
+class Case(NamedTuple):
+    """A call that fails, its error, what the message names, and the way out (or what is wanted) that it shows."""
+
+    call: Callable[[], Any]
+    error: type[Exception]
+    names: str
+    offers: str
+
+
+def wrong(value: Any) -> Any:
+    """A value that type checkers would not let pass."""
+    return value
+
+
+FN, PARAMS = kf.make_functional(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+C = kf.curvature
+HYPER, STATE = errors.HyperparameterError, errors.StateError
+
+
+def learned(curvature: Any, estimator: Any = None, measure: Any = None, **settings: Any) -> Callable[[], Any]:
+    """A K-FAC state with a curvature meets the statistics of a batch."""
+
+    def call() -> Any:
+        estimator_ = kf.estimators.exact() if estimator is None else estimator
+        run = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=estimator_, measure=measure)
+        _, _, stats = run(PARAMS, (torch.arange(12.0).reshape(4, 3), torch.zeros(4, 2)))
+        return kf.observe(kf.kfac(curvature, **settings).init(PARAMS), stats)
+
+    return call
+
+
+MOMENTS = C.blockwise(C.eigen()).measure
+
+CASES = {
+    "solver": Case(lambda: C.kronecker(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
+    "sides": Case(lambda: C.kronecker(sides=wrong("left")), HYPER, "sides", "'both' or 'input' or 'output'"),
+    "max_dim": Case(lambda: C.eigen(max_dim=0), HYPER, "max_dim", "at least 1"),
+    "scalings": Case(lambda: C.eigen(wrong("ra")), HYPER, "'ra'", "'mean_gradient'"),
+    "sweeps": Case(lambda: C.eigen(basis="iteration", sweeps=0), HYPER, "sweeps", "at least 1"),
+    "no rules": Case(lambda: C.by_path({}), HYPER, "by_path", "kronecker()"),
+    "no rule for a block": Case(learned(C.by_path({"0.*": C.diagonal()})), HYPER, "'1.weight'", "add a last rule '**'"),
+    "a rule without a block": Case(
+        learned(C.by_path({"head.*": C.diagonal(), "**": C.kronecker()})), HYPER, "'head.*'", "mend the pattern"
+    ),
+    "moments already": Case(learned(C.eigen(), measure=MOMENTS), STATE, "eigen", "leave `measure=` out"),
+}  # fmt: skip
