@@ -7,9 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
 from kfac_func.blocks import Factor, mean_eigenvalue, scaled, transpose
 from kfac_func.linalg import Solver, damped_inverse, eigenbasis, times
+from kfac_func.linalg.sums import SumFactored, Terms, factorized_sum, positive
 
 Split = Literal["pi", "none", "exact"]
 """How λ meets a block: factored with π, factored with π = 1, or exactly, in the eigenbasis."""
@@ -87,3 +89,24 @@ def solve_product(factored: KroneckerFactored | EigenFactored, v: Tensor) -> Ten
         return times(factored.g_inverse, v, factored.a_inverse)
     a, g, inverse = factored
     return times(g, times(transpose(g), v, a) * inverse, transpose(a))
+
+
+def damped_sum(terms: Terms, damping: Tensor, split: str, name: str) -> SumFactored:
+    r"""What it takes to solve with Σ_k S_k ⊗ R_k and the damping λ:
+
+        (S₁ + λ_g I) ⊗ (R₁ + λ_a I) + Σ_{k≥2} S_k ⊗ R_k,        λ_a, λ_g = pi_split(R₁, S₁, λ)
+
+    Negative eigenvalues of R₁ and S₁ are cut at 0. Raises HyperparameterError for split="exact": no eigenbasis is
+    common to the terms.
+    """
+    if split not in ("pi", "none"):
+        raise HyperparameterError(
+            explain(
+                f"{name} has no exact damping.",
+                got=f"split={split!r}",
+                why="a sum of Kronecker products has no Kronecker eigenbasis",
+                options="split='pi' or split='none'; or the structure kpsvd()",
+            )
+        )
+    r, s = (torch.cat([positive(x[:1]), x[1:]]) for x in terms)
+    return factorized_sum(Terms(r, s), *pi_split(r[0], s[0], damping, "pi" if split == "pi" else "none"))

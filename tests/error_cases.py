@@ -56,5 +56,9 @@ CASES = {
     "a rule without a block": Case(
         learned(C.by_path({"head.*": C.diagonal(), "**": C.kronecker()})), HYPER, "'head.*'", "mend the pattern"
     ),
+    "centred chunks": Case(
+        learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
+        HYPER, "centred", "leave `measure=`",
+    ),
     "moments already": Case(learned(C.eigen(), measure=MOMENTS), STATE, "eigen", "leave `measure=` out"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from kfac_func.blocks.factors import mean_eigenvalue as mean_eigenvalue
 from kfac_func.blocks.factors import multiplied as multiplied
 from kfac_func.blocks.factors import rotated as rotated
 from kfac_func.blocks.factors import scaled as scaled
+from kfac_func.blocks.factors import shifted as shifted
 from kfac_func.blocks.factors import transpose as transpose
 from kfac_func.blocks.factors import widened as widened
 from kfac_func.blocks.leaves import pack as pack

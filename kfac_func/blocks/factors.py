@@ -31,6 +31,18 @@ def scaled(factor: Factor, c: Tensor | float) -> Factor:
     return mapped(lambda block: block * (widened(c, block) if isinstance(c, Tensor) else c), factor)
 
 
+def shifted(factor: Factor, c: Tensor) -> Factor:
+    """factor + c · I, for a number or one number per group [q]."""
+    if isinstance(factor, Diagonal):
+        return Diagonal(factor.values + c.to(factor.values.dtype)[..., None])
+
+    def one(block: Tensor) -> Tensor:
+        eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
+        return block + widened(c.to(block.dtype), block) * eye
+
+    return mapped(one, factor)
+
+
 def diagonal_of(factor: Factor) -> Tensor:
     """The diagonal [..., d]."""
     if isinstance(factor, Diagonal):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_func.blocks.base import Block, Diagonal, Factor, Use
-from kfac_func.blocks.factors import add, balanced, diagonal_of, scaled
+from kfac_func.blocks.factors import add, balanced, diagonal_of, scaled, shifted
 from kfac_func.blocks.patterns import Form, Pattern, form_for, form_of, moment
 from kfac_func.blocks.rows import examples_first, input_rows, kept_rows, output_rows, with_constant
 
@@ -21,8 +21,9 @@ class KroneckerState(NamedTuple):
     good.
 
     `turned` is a second set for uses that see the transposed matrix (an embedding tied to a head), in which a and g
-    have exchanged their roles, so that both describe the same V; () without such uses. `a_mean` [(q), i] and `g_mean`
-    [(q), o] are the mean rows, without the homogeneous 1, when statistics are centred; else ().
+    have exchanged their roles, so that both describe the same V; () without such uses. `a_mean` [1, (q), i] and
+    `g_mean` [V, (q), o] are the mean rows (of every output vector; without the homogeneous 1) when statistics are
+    centred; else ().
     """
 
     a: Factor
@@ -65,10 +66,11 @@ def _moments(block: Block, uses: list[Use], pattern: Pattern) -> KroneckerState:
         g = Diagonal(torch.ones(shape, dtype=like.dtype, device=like.device) * (kept / positions))
         return KroneckerState(a, g, positions, kept, (), a_mean)
     form = form_for(pattern, uses[0].rule.width, pattern.sides != "input")
-    rows = [output_rows(use, block.sharing).flatten(0, 2) for use in uses]
-    g = scaled(add([moment(part, form) for part in rows]), 1 / (block.examples * total))
+    rows = [output_rows(use, block.sharing) for use in uses]
+    count = block.examples * total
+    g = scaled(add([moment(part.flatten(0, 2), form) for part in rows]), 1 / count)
     centred = _centred(pattern, "output")
-    g_mean = add([part.sum(dim=0) for part in rows]) / (block.examples * total) if centred else ()
+    g_mean = add([part.sum(dim=(1, 2)) for part in rows]) / count if centred else ()
     return KroneckerState(a, g, positions, kept, (), a_mean, g_mean)
 
 
@@ -98,7 +100,7 @@ def _input_sums(block: Block, use: Use, pattern: Pattern) -> tuple[Factor, Any]:
     if direct is not None and not centred:
         return direct(examples_first(use.inputs, use.rule.where), options, bias), ()
     rows = input_rows(use, block.sharing).flatten(0, 1)
-    first = rows.sum(dim=0) if centred else ()
+    first = rows.sum(dim=0, keepdim=True) if centred else ()
     if direct is not None:
         return direct(examples_first(use.inputs, use.rule.where), options, bias), first
     return moment(with_constant(rows, bias), form), first
@@ -116,8 +118,8 @@ def merged(state: KroneckerState) -> tuple[Factor, Factor, Tensor]:
     """A, G and T of one Kronecker product T · (G ⊗ A) for all uses; T = 1 before the first statistics.
 
     Two sets are first scaled to equal mean eigenvalues, (A·c, G/c), so that activations and gradients are added in
-    one unit. Mean rows m, where they were kept, are taken off: A − m mᵀ/κ with κ = kept/T, and never off the
-    homogeneous 1.
+    one unit. Mean rows m, where they were kept, are taken off: A − m mᵀ/κ with κ = kept/T, likewise those of
+    every output vector off G, and never off the homogeneous 1.
     """
     t, a, g = _scale(state), _covariance(state, state.a, state.a_mean), _covariance(state, state.g, state.g_mean)
     if state.turned == ():
@@ -137,9 +139,10 @@ def _covariance(state: KroneckerState, factor: Factor, mean: Any) -> Factor:
     if isinstance(mean, tuple):
         return factor
     share = torch.where(state.kept <= 0, 1.0, state.kept / state.positions.clamp(min=1))
-    bias = diagonal_of(factor).shape[-1] - mean.shape[-1]
-    row = with_constant(mean / share, bool(bias)).unsqueeze(0)
-    outer = moment(row, form_of(factor))
+    bias = diagonal_of(factor).shape[-1] > mean.shape[-1]
+    rows = with_constant(mean / share, bias)
+    outer = moment(rows, form_of(factor))
     if bias:  # the covariance of a and the constant is zero, the moment of the constant stays
-        outer = add([outer, scaled(moment(with_constant(0 * mean, True).unsqueeze(0), form_of(factor)), -1.0)])
-    return add([factor, scaled(outer, -share)])
+        outer = add([outer, scaled(moment(with_constant(0 * mean, bias), form_of(factor)), -1.0)])
+    rounding = 4 * torch.finfo(rows.dtype).eps * diagonal_of(factor).sum(dim=-1)  # of the difference: it must stay PSD
+    return shifted(add([factor, scaled(outer, -share)]), rounding)

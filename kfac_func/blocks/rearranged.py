@@ -57,20 +57,23 @@ def _near(block: Block, radius: int | None) -> list[Tensor]:
     """One mask per image of every use; none where all pairs count."""
     if radius is None or block.sharing == "reduce":
         return []
-    maps = [size for use in block.uses for size in _maps(use)]
+    shared = any(use.rule.where is None for use in block.uses)
+    maps = [size for use in block.uses for size in _maps(use, shared)]
     if () in maps or (len(maps) == 1 and max(maps[0]) <= radius + 1):
         return []
     return [_close(size, radius, block.uses[0].inputs.device) for size in maps]
 
 
-def _maps(use: Use) -> list[tuple[int, ...]]:
-    """The sizes (height, width, ...) of every image that one example owns; () for a use without a map."""
+def _maps(use: Use, shared: bool) -> list[tuple[int, ...]]:
+    """The sizes (height, width, ...) of every image among the positions; () for a use without a map.
+
+    One example owns `fold` of them; but where a use is shared, its positions are those of the whole batch (`pairs`).
+    """
     kind, where = use.rule.kind, use.rule.where
     if kind.grid is None or use.grads is None:
         return [()]
-    if where is None:
-        return [kind.grid(use.grads)] * use.grads.shape[1]
-    return [kind.grid(examples_first(use.grads, where, lead=1))] * where.fold
+    g = use.grads if where is None else examples_first(use.grads, where, lead=1)
+    return [kind.grid(g)] * (g.shape[1] if shared or where is None else where.fold)
 
 
 def _close(size: tuple[int, ...], radius: int, device: torch.device) -> Tensor:

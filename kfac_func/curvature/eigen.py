@@ -25,8 +25,8 @@ from kfac_func.blocks import (
     densify,
     kronecker_state,
     mapped,
-    merged,
     mean_squares,
+    merged,
     pattern,
     squares,
     transpose,
@@ -92,13 +92,7 @@ def eigen(
         >>> state.curvature.matrix["weight"].scalings.shape
         torch.Size([2, 4])
     """
-    for name, value, choices in (("scalings", scalings, get_args(Scalings)), ("basis", basis, get_args(Basis))):
-        if value not in choices:
-            raise HyperparameterError(
-                explain(f"unknown {name}.", got=repr(value), wanted=" or ".join(map(repr, choices)))
-            )
-    if sweeps < 1:
-        raise HyperparameterError(explain("sweeps must be at least 1.", got=sweeps))
+    _check(scalings, basis, sweeps)
     kept = pattern(sua=sua, sides="both", max_dim=max_dim, oversize=oversize, centred=centred)
 
     def measure(block: Block, frame: Any = ()) -> Any:
@@ -117,13 +111,8 @@ def eigen(
         a, g, _ = merged(state.factors)
         if state.bases == ():
             return state._replace(bases=Bases(eigenbasis(a)[1], eigenbasis(g)[1]))
-        bases = Bases(moved(a, state.bases.a), moved(g, state.bases.g))
+        bases = Bases(*(_moved(x, u, basis, sweeps) for x, u in zip((a, g), state.bases, strict=True)))
         return EigenState(state.factors, bases, _reexpressed(state.scalings, state.bases, bases))
-
-    def moved(factor: Factor, old: Factor) -> Factor:
-        if basis == "eigh" or isinstance(factor, Diagonal):
-            return eigenbasis(factor)[1]
-        return mapped(lambda block, u: refreshed_basis(block, u, sweeps) if block.shape[-1] else u, factor, old)
 
     def scale(state: EigenState, look: Look, fraction: Tensor) -> EigenState:
         seen = look(state.bases)
@@ -132,11 +121,7 @@ def eigen(
 
     def factorize(state: EigenState, damping: Tensor, split: str) -> EigenFactored:
         del split
-        return EigenFactored(*state.bases, 1 / (state.scalings + damping.to(state.scalings.dtype)))
-
-    def dense(state: EigenState) -> Tensor:
-        u = kron(densify(state.bases.g), densify(state.bases.a))
-        return (u * state.scalings.flatten()) @ u.mT
+        return EigenFactored(state.bases.a, state.bases.g, 1 / (state.scalings + damping.to(state.scalings.dtype)))
 
     own = f"{scalings}, {basis}{kept.name}"
     return Structure(
@@ -144,12 +129,34 @@ def eigen(
         measure,
         factorize,
         solve_product,
-        dense,
+        _dense,
         matrix=True,
         absorb=absorb,
         refresh=refresh,
         scale=scale,
     )
+
+
+def _check(scalings: str, basis: str, sweeps: int) -> None:
+    for name, value, choices in (("scalings", scalings, get_args(Scalings)), ("basis", basis, get_args(Basis))):
+        if value not in choices:
+            raise HyperparameterError(
+                explain(f"unknown {name}.", got=repr(value), wanted=" or ".join(map(repr, choices)))
+            )
+    if sweeps < 1:
+        raise HyperparameterError(explain("sweeps must be at least 1.", got=sweeps))
+
+
+def _dense(state: EigenState) -> Tensor:
+    u = kron(densify(state.bases.g), densify(state.bases.a))
+    return (u * state.scalings.flatten()) @ u.mT
+
+
+def _moved(factor: Factor, old: Factor, basis: Basis, sweeps: int) -> Factor:
+    """The new basis of a factor, from scratch or from the old one."""
+    if basis == "eigh" or isinstance(factor, Diagonal):
+        return eigenbasis(factor)[1]
+    return mapped(lambda block, u: refreshed_basis(block, u, sweeps) if block.shape[-1] else u, factor, old)
 
 
 def _reexpressed(scalings: Tensor, old: Bases, new: Bases) -> Tensor:

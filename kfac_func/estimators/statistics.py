@@ -22,7 +22,7 @@ from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
-from kfac_func.blocks import Block, Layout, Use, UseRule, gradient, unpack
+from kfac_func.blocks import Block, KroneckerState, Layout, Use, UseRule, gradient, unpack
 from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
 from kfac_func.estimators.vectors import Estimator, monte_carlo
 from kfac_func.layers import unstructured
@@ -267,6 +267,14 @@ def _measured(
     for chunk in chunks:
         larger = Chunk(tuple(k**0.5 * g for g in chunk.taps), {path: k**0.5 * g for path, g in chunk.rest.items()})
         part = measure(_gathered([larger], run, rules).blocks())
+        if k > 1 and any(isinstance(m.g_mean, Tensor) for m in _tree.nodes(part, KroneckerState)):
+            raise HyperparameterError(
+                explain(
+                    "centred statistics cannot be reduced chunk by chunk.",
+                    why="the mean rows of different output vectors would be averaged",
+                    options="leave `measure=` or `chunk_size` out; or centred=False",
+                )
+            )
         part = _tree.tree_map(lambda m: m / k, part)
         moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
     return Stats((), (), {}, moments, rules)

@@ -16,7 +16,7 @@ class Ref(NamedTuple):
     """A parameter leaf seen through a view: the tensor at hand is `leaf.permute(order)`."""
 
     path: str
-    shape: tuple[int, ...]  # of the leaf
+    shape: tuple[int, ...]  # of the leaf, or one that it is reshaped to
     order: tuple[int, ...]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Blocks, Diagonal, Factor, mapped, multiplied, transpose, widened
+from kfac_func.blocks import Blocks, Diagonal, Factor, mapped, multiplied, shifted, transpose, widened
 
 Solver = Literal["cholesky", "eigh"]
 
@@ -18,14 +18,12 @@ def damped_inverse(factor: Factor, shift: Tensor, solver: Solver = "cholesky") -
     "cholesky" gives NaN where the damped factor is not positive definite in this precision; "eigh" cuts negative
     eigenvalues at 0.
     """
-    if isinstance(factor, Diagonal):
-        return Diagonal(1 / (factor.values + shift.to(factor.values.dtype)[..., None]))
-
-    def inverse(block: Tensor) -> Tensor:
-        own = widened(shift.to(block.dtype), block)
-        return _by_eigh(block, own) if solver == "eigh" else _by_cholesky(block, own)
-
-    return mapped(inverse, factor)
+    damped = shifted(factor, shift)
+    if isinstance(damped, Diagonal):
+        return Diagonal(1 / damped.values)
+    if solver == "eigh":
+        return mapped(lambda block: _by_eigh(block, widened(shift.to(block.dtype), block)), factor)
+    return mapped(_by_cholesky, damped)
 
 
 def _by_eigh(block: Tensor, shift: Tensor) -> Tensor:
@@ -33,9 +31,9 @@ def _by_eigh(block: Tensor, shift: Tensor) -> Tensor:
     return (basis / (values.clamp(min=0).unsqueeze(-2) + shift)) @ basis.mT
 
 
-def _by_cholesky(block: Tensor, shift: Tensor) -> Tensor:
+def _by_cholesky(block: Tensor) -> Tensor:
     eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
-    lower, info = torch.linalg.cholesky_ex(block + shift * eye)
+    lower, info = torch.linalg.cholesky_ex(block)
     inverse = torch.cholesky_solve(eye.expand_as(block), lower)
     return torch.where((info == 0)[..., None, None], inverse, torch.nan)
 

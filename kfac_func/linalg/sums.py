@@ -24,6 +24,7 @@ from kfac_func.linalg.kron import kron
 from kfac_func.linalg.krylov import Operator, Triplet, two_term
 from kfac_func.linalg.psd import eigenbasis
 
+FLOOR = 0.1  # of 1 + s₂ s₁ᵀ: what the second term may take away from the first
 RADIUS = 0.9  # the spectral radius that later terms may have, relative to the first two
 
 
@@ -56,11 +57,9 @@ def at_least(low: int, **options: int | None) -> None:
 def terms_of(triplets: list[Triplet]) -> Terms:
     """R_k = √σ_k left_k and S_k = √σ_k right_k, exactly symmetric."""
 
-    def side(vectors: list[Tensor]) -> Tensor:
-        every = torch.stack([t.sigma.sqrt()[..., None, None] * x for t, x in zip(triplets, vectors, strict=True)])
-        return (every + every.mT) / 2
-
-    return Terms(side([t.left for t in triplets]), side([t.right for t in triplets]))
+    sigmas, lefts, rights = (torch.stack(each) for each in zip(*triplets, strict=True))
+    root = sigmas.sqrt()[..., None, None]
+    return Terms(symmetric(root * lefts), symmetric(root * rights))
 
 
 def densified(terms: Terms) -> Tensor:
@@ -68,11 +67,18 @@ def densified(terms: Terms) -> Tensor:
     return torch.stack([kron(s, r) for r, s in zip(*terms, strict=True)]).sum(0)
 
 
+def symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
+
+
 def averaged(old: Any, look: Callable[..., Any], fraction: Tensor) -> tuple[Operator, Operator]:
-    """The products with (1 − f) Σ_k S_k ⊗ R_k + f F, rearranged: V̂ ↦ [i, i] and Û ↦ [o, o]; `old` () is zero."""
+    """The products with (1 − f) Σ_k S_k ⊗ R_k + f F, rearranged: V̂ ↦ [i, i] and Û ↦ [o, o]; `old` () is zero.
+
+    Exactly symmetric, so that rounding cannot stray to the antisymmetric pairs that F may have.
+    """
 
     def mixed(seen: Tensor, x: Tensor, onto: Any) -> Tensor:
-        f = fraction.to(x.dtype)
+        f, seen = fraction.to(x.dtype), symmetric(seen)
         if old == ():
             return f * seen
         mine, other = onto
@@ -97,8 +103,8 @@ def warm(old: Tensor | None, fresh: Tensor) -> Tensor:
 
 def changed(old: Any, new: Terms, fraction: Tensor) -> Terms:
     """The new terms, or the old ones (zeros for ()) where the fraction is 0."""
-    olds = tuple(map(torch.zeros_like, new)) if old == () else old
-    return Terms(*(torch.where(fraction > 0, x, y) for x, y in zip(new, olds, strict=True)))
+    before = tuple(map(torch.zeros_like, new)) if old == () else old
+    return Terms(*(torch.where(fraction > 0, x, y) for x, y in zip(new, before, strict=True)))
 
 
 def positive(x: Tensor) -> Tensor:
@@ -108,18 +114,14 @@ def positive(x: Tensor) -> Tensor:
     return (basis * values.unsqueeze(-2)) @ basis.mT
 
 
-def factorized_sum(terms: Terms, r_shift: Tensor, s_shift: Tensor, floor: float) -> SumFactored:
+def factorized_sum(terms: Terms, r_shift: Tensor, s_shift: Tensor) -> SumFactored:
     """What it takes to solve with (S₁ + s_shift I) ⊗ (R₁ + r_shift I) + Σ_{k≥2} S_k ⊗ R_k; R₁ and S₁ semi-definite.
 
-    D = max(1 + s₂ s₁ᵀ, floor, λ n₂ n₁ᵀ) with λ = r_shift · s_shift and n the squared lengths of the columns of K: no
+    D = max(1 + s₂ s₁ᵀ, FLOOR, λ n₂ n₁ᵀ) with λ = r_shift · s_shift and n the squared lengths of the columns of K: no
     column of the frame is amplified by more than 1/λ, which only binds where the sum itself is not semi-definite.
     """
-    first = [
-        x[0] + shift.to(x.dtype)[..., None, None] * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        for x, shift in zip(terms, (r_shift, s_shift), strict=True)
-    ]
-    second = [x[1] if x.shape[0] > 1 else torch.zeros_like(x[0]) for x in terms]
-    k1, k2, d = two_term(*first, *second, floor)
+    r2, s2 = (x[1] if x.shape[0] > 1 else torch.zeros_like(x[0]) for x in terms)
+    k1, k2, d = two_term(_shifted(terms.r[0], r_shift), _shifted(terms.s[0], s_shift), r2, s2, FLOOR)
     lengths = k2.square().sum(-2).unsqueeze(-1) * k1.square().sum(-2).unsqueeze(-2)
     d = torch.maximum(d, (r_shift * s_shift).to(d.dtype)[..., None, None] * lengths)
     later = Terms(k1.mT @ terms.r[2:] @ k1, k2.mT @ terms.s[2:] @ k2)
@@ -127,6 +129,10 @@ def factorized_sum(terms: Terms, r_shift: Tensor, s_shift: Tensor, floor: float)
         c = (RADIUS / _radius(later, d).clamp(min=torch.finfo(d.dtype).tiny)).clamp(max=1)
         later = later._replace(s=c[..., None, None] * later.s)
     return SumFactored(k1, k2, d, later)
+
+
+def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+    return x + shift.to(x.dtype)[..., None, None] * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 def solve_sum(factored: SumFactored, v: Tensor) -> Tensor:
@@ -150,13 +156,14 @@ def _radius(later: Terms, d: Tensor) -> Tensor:
     Collatz-Wielandt: ρ(M) ≤ ρ(|M|) ≤ max (|M| x) / x for every x > 0. Norms: ρ ≤ Σ_k ‖S_k‖ ‖R_k‖ / min D.
     """
     root, sizes = d.rsqrt(), Terms(*(x.abs() for x in later))
-    x = torch.ones_like(d)
+    norms = [torch.linalg.eigvalsh(torch.nan_to_num(x, 0, 0, 0)).abs().amax(-1) for x in later]
+    bound, x = (norms[0] * norms[1]).sum(0) / d.amin((-2, -1)), torch.ones_like(d)
     for _ in range(4):
         y = root * _applied(sizes, root * x)
-        bound = (y / x).amax((-2, -1))
-        x = x + y / bound.clamp(min=torch.finfo(d.dtype).tiny)[..., None, None]
-    r, s = (torch.linalg.eigvalsh(torch.nan_to_num(x, 0, 0, 0)).abs().amax(-1) for x in later)
-    return torch.minimum(bound, (r * s).sum(0) / d.amin((-2, -1)))
+        most = (y / x).amax((-2, -1))
+        bound = torch.minimum(bound, most)
+        x = x + y / most.clamp(min=torch.finfo(d.dtype).tiny)[..., None, None]
+    return bound
 
 
 def _chebyshev(operator: Operator, b: Tensor) -> Tensor:

@@ -35,10 +35,12 @@ def conv_transpose(m: Any, *size: int) -> Row:
 def attention(*names: str, **options: Any) -> Any:
     """Two heads of two, the inputs as [L, N, E]."""
 
+    function: Any = F.multi_head_attention_forward
+
     def layer(p: dict[str, Tensor], x: Tensor) -> Tensor:
         inputs = {"x": x.transpose(0, 1), "y": x.transpose(0, 1).sin()[:2], "z": x.transpose(0, 1).cos()[:2]}
         leaves = p["w"], p.get("b"), None, None, False, 0.0, p["out"], p.get("c")
-        y, _ = F.multi_head_attention_forward(*(inputs[k] for k in names), 4, 2, *leaves, **options)
+        y, _ = function(*(inputs[k] for k in names), 4, 2, *leaves, **options)
         return y.transpose(0, 1)
 
     return layer

@@ -13,8 +13,8 @@ import kfac_func as kf
 from kfac_func.blocks import Block, input_rows, pack, unpack
 
 MODULES: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-SIZES = {1: (5,), 2: (3, 5), 3: (2, 3, 4)}
-KERNELS = {1: [(1,), (4,)], 2: [(3, 2)], 3: [(2, 1, 3)]}
+SIZES: dict[int, tuple[int, ...]] = {1: (5,), 2: (3, 5), 3: (2, 3, 4)}
+KERNELS: dict[int, list[tuple[int, ...]]] = {1: [(1,), (4,)], 2: [(3, 2)], 3: [(2, 1, 3)]}
 STRIDES, PADDINGS, EXTRAS, DILATIONS, GROUPS = (1, 2, 3), (0, 1, 3), (0, 1, 2), (1, 2), (1, 2)
 
 

@@ -176,6 +176,17 @@ def test_batches_and_vmap_are_loops_and_repeatable(method: Any, generator: torch
             close([x[q] for x in one], method(a[q], g[q])[k], 1e-10)
 
 
+def test_a_converged_operator_of_a_batch_waits_for_the_others(generator: torch.Generator) -> None:
+    a, g = rows(generator, 3)
+
+    def loose(a: Tensor, g: Tensor) -> Triplet:
+        return power(*operator(a, g), g.mT @ g, 50, 1e-2)
+
+    close(loose(a, g), torch.vmap(loose)(a, g), 1e-12)
+    for q in range(3):
+        close([x[q] for x in loose(a, g)], loose(a[q], g[q]), 1e-12)
+
+
 @pytest.mark.parametrize("method", [lambda a, g: leading(a, g).sigma, lambda a, g: several(a, g)[1].sigma])
 def test_derivatives_are_those_of_the_singular_value(method: Any, generator: torch.Generator) -> None:
     a, g = rows(generator)

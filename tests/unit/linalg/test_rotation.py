@@ -78,6 +78,8 @@ def test_deficient_and_zero_matrices_leave_it_orthogonal(dtype: torch.dtype, gen
     assert orthogonality(basis) < LIMITS[dtype]
     assert off_diagonal(a, basis)[::2].max() < LIMITS[dtype]
     torch.testing.assert_close(basis[1], eye(a)[1], rtol=0, atol=0)
+    exact = torch.linalg.eigh(a[0])[1]  # rounding errors must not turn its null vectors
+    torch.testing.assert_close(refreshed_basis(a[0], exact), exact, rtol=0, atol=10 * LIMITS[dtype])
 
 
 def test_a_drifting_stream_keeps_the_preconditioned_vector(generator: torch.Generator) -> None:

@@ -1,0 +1,150 @@
+"""The table of structures: a row is a structure, the dense damped matrix that it claims to invert, and its theorems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kfac_func as kf
+from kfac_func.blocks import Block, densify, merged
+from kfac_func.curvature import Structure
+from tests import oracles
+from tests.zoo import CASES, Case, measured, subset
+
+DAMPING = 0.03
+BLOCKS = {
+    "linear": ("mlp", "first.w"),
+    "no bias": ("recurrent", "input"),
+    "several uses": ("recurrent", "hidden"),
+    "conv": ("conv", "first.weight"),
+    "groups": ("grouped", "conv.weight"),
+    "embedding": ("tokens", "embedding.weight"),
+    "tied": ("tied", "embedding"),
+    "norm": ("tokens", "norm.weight"),
+}
+FACTORED = ("pi", "none")
+
+
+class Row(NamedTuple):
+    """A structure and what it promises.
+
+    matrix       (state, λ, split) -> the dense matrix that `solve` inverts, written out from the state
+    splits       the splits that it knows (one, when the split has no meaning)
+    damps        whether λ does anything
+    means        whether the moments of a batch are the mean of those of its parts
+    exact        whether it is F wherever F is one Kronecker product ("product"), or always ("always")
+    below        the row that it is never worse than, ‖F − F̂‖ in Frobenius norm
+    """
+
+    structure: Structure
+    matrix: Callable[[Any, float, str], Tensor]
+    splits: tuple[str, ...] = ("exact",)
+    damps: bool = True
+    means: bool = True
+    exact: str = ""
+    below: str = ""
+
+
+def identity(state: Any, damping: float, split: str) -> Tensor:
+    del damping, split
+    return torch.eye(int(state.size), dtype=torch.float64)
+
+
+def diagonal(state: Any, damping: float, split: str) -> Tensor:
+    del split
+    return torch.diag(state.squares.flatten() + damping)
+
+
+def product(state: Any, damping: float, split: str) -> Tensor:
+    a, g, t = merged(state)
+    return oracles.damped(densify(a), densify(g), float(t), damping, split)
+
+
+def eigen(state: Any, damping: float, split: str) -> Tensor:
+    del split
+    u = oracles.kron(*(densify(x).contiguous() for x in (state.bases.g, state.bases.a)))
+    return (u * (state.scalings.flatten() + damping)) @ u.T
+
+
+C = kf.curvature
+SPLITS = (*FACTORED, "exact")
+ROWS = {
+    "identity": Row(C.identity(), identity, damps=False),
+    "diagonal": Row(C.diagonal(), diagonal),
+    "kronecker": Row(C.kronecker(), product, SPLITS, exact="product"),
+    "kronecker eigh": Row(C.kronecker("eigh"), product, SPLITS, exact="product"),
+    "kronecker sua": Row(C.kronecker(sua=True), product, SPLITS),
+    "kronecker input": Row(C.kronecker(sides="input"), product, SPLITS),
+    "kronecker blocks": Row(C.kronecker(max_dim=3), product, SPLITS),
+    "kronecker diagonal": Row(C.kronecker(max_dim=3, oversize="diagonal"), product, SPLITS),
+    "kronecker centred": Row(C.kronecker(centred=True), product, SPLITS),
+    "eigen": Row(C.eigen(), eigen, exact="product", below="kronecker"),
+    "eigen iteration": Row(C.eigen("intra_batch", basis="iteration"), eigen, exact="product", below="kronecker"),
+    "eigen mean_gradient": Row(C.eigen("mean_gradient"), eigen, means=False),
+    "eigen sua": Row(C.eigen(sua=True), eigen, below="kronecker sua"),
+}
+
+
+@cache
+def block_of(name: str) -> Block:
+    case, block = BLOCKS[name]
+    return measured(CASES[case])[block]
+
+
+def fits(row: Row, block: Block) -> bool:
+    """Whether a structure can be used for a block."""
+    return block.layout.matrix or not row.structure.matrix
+
+
+def shape_of(block: Block) -> torch.Size:
+    """The shape of V."""
+    return C.diagonal().measure(block).squares.shape
+
+
+# ------------------------------------------------------------------ adversarial layers
+
+
+def _dead(block: Block) -> Block:
+    """No gradient reaches any output."""
+    return block._replace(uses=tuple(use._replace(grads=0 * use.grads) for use in block.uses))
+
+
+def _one_dead(block: Block) -> Block:
+    """No gradient reaches the first output, and the second feature is never active."""
+    (use,) = block.uses
+    grads, inputs = use.grads.clone(), use.inputs.clone()
+    grads[..., 0], inputs[..., 1] = 0, 0
+    return block._replace(uses=(use._replace(grads=grads, inputs=inputs),))
+
+
+def _unequal(block: Block) -> Block:
+    """Gradients 1e-4 and activations 1e4 times as large."""
+    return block._replace(
+        uses=tuple(use._replace(grads=1e-4 * use.grads, inputs=1e4 * use.inputs) for use in block.uses)
+    )
+
+
+def _opposed(block: Block) -> Block:
+    """Two kinds of examples that excite opposite corners: far from any Kronecker product."""
+    (use,) = block.uses
+    grads, inputs = use.grads.clone(), use.inputs.clone()
+    grads[:, ::2, 0], grads[:, 1::2, 1], inputs[::2, 0], inputs[1::2, 1] = 30, 30, 0.01, 40
+    return block._replace(uses=(use._replace(grads=grads, inputs=inputs),))
+
+
+def _one_example(case: Case) -> dict[str, Block]:
+    return measured(subset(case, 0, 1))
+
+
+ADVERSARIAL = {
+    "dead": _dead(block_of("conv")),
+    "one unit dead": _one_dead(block_of("linear")),
+    "unequal scales": _unequal(block_of("conv")),
+    "opposed": _opposed(block_of("linear")),
+    "one example": _one_example(CASES["mlp"])["first.w"],
+    "one image": _one_example(CASES["conv"])["first.weight"],
+}
