@@ -13,7 +13,14 @@ from kfac_func.estimators import Stats as Stats
 from kfac_func.estimators import value_grad_and_stats as value_grad_and_stats
 from kfac_func.precondition import observe as observe
 from kfac_func.precondition import precondition as precondition
+from kfac_func.recipes import corrected as corrected
+from kfac_func.recipes import deflation as deflation
+from kfac_func.recipes import ekfac as ekfac
+from kfac_func.recipes import exact_natural_gradient as exact_natural_gradient
+from kfac_func.recipes import inverse_free as inverse_free
 from kfac_func.recipes import kfac as kfac
+from kfac_func.recipes import kpsvd as kpsvd
+from kfac_func.recipes import lanczos as lanczos
 from kfac_func.state import KFacState as KFacState
 from kfac_func.state import describe as describe
 from kfac_func.transforms import GradientTransformation as GradientTransformation

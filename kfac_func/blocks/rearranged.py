@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_func._tree import storable
 from kfac_func.blocks.base import Block, Use
 from kfac_func.blocks.factors import add
 from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
@@ -34,9 +33,6 @@ class Rearranged(NamedTuple):
 
     rows: Pairs
     near: Any = ()
-
-
-storable(Frame, Rearranged)
 
 
 def rearranged(block: Block, radius: int | None = None) -> Rearranged:

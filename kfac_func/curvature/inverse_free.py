@@ -130,7 +130,7 @@ def inverse_free(
     options = Options(structure, block_size, adaptive, step, steps, warm_steps, momentum, dtype)
     _check(options)
     flat = structure == "diagonal"
-    kept = pattern(max_dim=1 if flat else block_size, oversize="diagonal" if flat else "blocks")
+    kept = pattern(sides="both", max_dim=1 if flat else block_size, oversize="diagonal" if flat else "blocks")
 
     def measure(block: Block, frame: Any = ()) -> KroneckerState:
         del frame

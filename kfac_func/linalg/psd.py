@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Blocks, Diagonal, Factor, mapped, multiplied, shifted, transpose, widened
+from kfac_func.blocks import Blocks, Diagonal, Factor, diagonal_of, mapped, multiplied, shifted, transpose, widened
 
 Solver = Literal["cholesky", "eigh"]
 
@@ -19,8 +19,8 @@ def damped_inverse(factor: Factor, shift: Tensor, solver: Solver = "cholesky") -
     eigenvalues at 0.
     """
     damped = shifted(factor, shift)
-    if isinstance(damped, Diagonal):
-        return Diagonal(1 / damped.values)
+    if isinstance(damped, Diagonal) or isinstance(factor, Diagonal):
+        return Diagonal(1 / diagonal_of(damped))
     if solver == "eigh":
         return mapped(lambda block: _by_eigh(block, widened(shift.to(block.dtype), block)), factor)
     return mapped(_by_cholesky, damped)

@@ -122,8 +122,8 @@ def factorized(state: KFacState, kept: Any = ()) -> KFacState:
     own, split = curvature_of(state), state.rules.value.options.split
     factored = own.factorize(state.curvature, _damping(state), split, kept)
     finite, before = all_finite(factored), state.factored
-    if readable(finite) and finite:
-        return state._replace(factored=factored)
+    if readable(finite) and (finite or before != ()):  # `where` would ask them to be of one shape
+        return state._replace(factored=factored if finite else before, failed=state.failed + ~finite)
     if before == ():  # the identity takes the place of what was not there before
         empty, one = _tree.tree_map(torch.zeros_like, state.curvature), torch.ones_like(_damping(state))
         before = own.factorize(empty, one, split)

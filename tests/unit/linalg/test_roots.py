@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_multiple_of_the_identity_per_group():
 
 
 def test_the_lower_projection_is_the_adjoint_of_symmetrisation():
-    """⟨Π(m), x⟩ over lower triangular x is ⟨m, x + xᵀ⟩/1 off the diagonal and ⟨m, x⟩ on it."""
+    """⟨Π(m), x⟩ over lower triangular x is ⟨m, x + xᵀ⟩ off the diagonal and ⟨m, x⟩ on it."""
     m = randn(5, 5)
     m = m + m.T
     low = projected(m, lower=True)
@@ -94,7 +95,7 @@ def test_it_converges_quadratically(lower):
         errors.append(float(torch.linalg.matrix_norm(direction, 2)))
         root = moved(root, direction, 1.0)
     assert close(root @ root.T @ m, torch.eye(12).double(), 1e-12)
-    late = [(x, y) for x, y in zip(errors, errors[1:], strict=False) if 1e-6 < x < 0.1]
+    late = [(x, y) for x, y in pairwise(errors) if 1e-6 < x < 0.1]
     assert late
     assert all(y < 3 * x * x for x, y in late)
     assert lower == bool(torch.count_nonzero(root.triu(1)) == 0)

@@ -1,0 +1,268 @@
+"""What every structure costs beside `kronecker()`: `python -m benchmarks.structures`.
+
+    python -m benchmarks.structures --quick                            does everything run? (figures without meaning)
+    python -m benchmarks.structures --workloads W2 --only kpsvd eigen  some workloads, structures whose names begin so
+    python -m benchmarks.structures --hardware "2-core CPU" --append   add the tables to benchmarks/NOTES.md
+
+    measure    the look at a new batch (all looks of the structure) and the moving average
+    refresh    refresh, scalings and factorisation of a state that has been refreshed before
+    solve      preconditioning a gradient
+    a, b, c, d whole steps in the schedules of `harness`
+
+All of it on a state that has seen another batch, so that warm starts count as in training. Every structure has a race
+of its own with kronecker(), and figures are ratios inside its rounds. A structure that does not fit into --limit
+seconds, or is refused, is shown as such. The exit status says whether it ran, never whether it was fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kfac_func as kf
+from benchmarks.harness import SCHEDULES, Race, Spread, configure, settings, spread
+from benchmarks.report import append, table
+from benchmarks.steps import ESTIMATORS, KINDS, RATE, Step, Task, make_task
+from benchmarks.workloads import SEED, WORKLOADS, Workload
+from kfac_func.precondition.averages import Batch, absorbed, factorized, refreshed, scaled
+
+C = kf.curvature
+PHASES = ("measure", "refresh", "solve")
+DAMPING = 1e-3
+
+
+def _exact_blocks() -> kf.curvature.Curvature:
+    return C.blockwise(C.block_diagonal(), C.block_diagonal())
+
+
+STRUCTURES: dict[str, Callable[[], C.Structure | C.Curvature]] = {
+    "kronecker": C.kronecker,
+    "kronecker, exact damping": C.kronecker,
+    "kronecker, centred": lambda: C.kronecker(centred=True),
+    "kronecker, sua": lambda: C.kronecker(sua=True),
+    "kronecker, input side": lambda: C.kronecker(sides="input"),
+    "kronecker, diagonal factors": lambda: C.kronecker(max_dim=1, oversize="diagonal"),
+    "eigen": C.eigen,
+    "eigen, iteration": lambda: C.eigen(basis="iteration"),
+    "eigen, mean_gradient": lambda: C.eigen("mean_gradient"),
+    "kpsvd": C.kpsvd,
+    "kpsvd, radius 1": lambda: C.kpsvd(radius=1),
+    "deflation": C.deflation,
+    "deflation, rank 4": lambda: C.deflation(4),
+    "corrected": C.corrected,
+    "lanczos": C.lanczos,
+    "inverse_free": C.inverse_free,
+    "inverse_free, adaptive": lambda: C.inverse_free(adaptive=True),
+    "inverse_free, triangular": lambda: C.inverse_free("lower_triangular"),
+    "inverse_free, blocks of 8": lambda: C.inverse_free("block_diagonal", block_size=8),
+    "inverse_free, diagonal": lambda: C.inverse_free("diagonal"),
+    "diagonal": C.diagonal,
+    "identity": C.identity,
+    "block_diagonal": _exact_blocks,
+    "full": C.full,
+}
+"""Every structure and the variants worth comparing, with default settings otherwise."""
+
+SPLITS: dict[str, kf.damping.Split] = {"kronecker, exact damping": "exact"}
+"""Where the damping is not split by π."""
+
+RARELY_SCALED = "eigen, scaled at refresh"
+TIMED = STRUCTURES | {RARELY_SCALED: C.eigen}
+"""What is timed: EKFAC also with scalings that are measured at refreshes only."""
+
+AIMS = {("W2", name, "a"): 20.0 for name in ("kpsvd", "deflation", "corrected", "lanczos")} | {
+    (workload, "eigen", schedule): 1.3 for workload in WORKLOADS for schedule in "bcd"
+}
+"""By workload, structure and column: the aim behind the slash. It decides nothing."""
+
+
+class Row(NamedTuple):
+    """What one structure gave on one workload: ratios by column, or why there are none."""
+
+    name: str
+    ratios: dict[str, Spread]
+    rounds: int = 0
+    failure: str = ""
+
+
+class Batches(NamedTuple):
+    """A workload with two batches, so that a state never meets the batch that it was warmed on."""
+
+    task: Task
+    fn: Any
+    params: Any
+    data: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def batches(workload: Workload, device: torch.device, examples: int | None) -> Batches:
+    """Two batches of a workload and its model."""
+    task = make_task(workload, device, 2 * (examples or workload.examples))
+    n = len(task.inputs) // 2
+    first, second = zip(task.inputs.split(n), task.targets.split(n), strict=True)
+    return Batches(task, *kf.make_functional(task.module()), (first, second))
+
+
+def transformation(name: str) -> kf.GradientTransformation:
+    """`kfac()` with a structure of the table."""
+    return kf.kfac(TIMED[name](), damping=DAMPING, split=SPLITS.get(name, "pi"))
+
+
+def phases(given: Batches, name: str, estimator: str) -> dict[str, Step]:
+    """Measure, refresh and solve for a second batch, on a state that the first one made."""
+    generator = torch.Generator(given.task.device).manual_seed(SEED)
+    step = kf.value_grad_and_stats(given.fn, given.task.workload.loss, estimator=ESTIMATORS[estimator]())
+    (_, _, first), (_, grads, second) = (step(given.params, batch, generator=generator) for batch in given.data)
+    assert first is not None
+    assert second is not None
+    start = kf.observe(transformation(name).init(given.params), first)
+    batch = Batch(start, second)
+    measured = absorbed(start, batch)
+    scales = batch.curvature.scales
+
+    def refresh() -> Any:
+        state = refreshed(measured)
+        return factorized(scaled(state, batch) if scales else state)
+
+    return {
+        "measure": Step(lambda: absorbed(start, Batch(start, second))),
+        "refresh": Step(refresh),
+        "solve": Step(lambda: kf.precondition(start, grads)),
+    }
+
+
+def whole(given: Batches, name: str, kind: str, estimator: str) -> Step:
+    """A training step "full", "stats" or "pre" on the two batches in turn; scalings, if any, with all statistics."""
+    generator = torch.Generator(given.task.device).manual_seed(SEED)
+    step = kf.value_grad_and_stats(given.fn, given.task.workload.loss, estimator=ESTIMATORS[estimator]())
+    tx = kf.chain(transformation(name), kf.sgd(RATE))
+    data = itertools.cycle(given.data)
+
+    def move(params: Any, state: Any, kind: str) -> tuple[Tensor, Any, Any]:
+        value, grads, stats = step(params, next(data), generator=generator, stats=kind != "pre")
+        scale = kind == "full" or (kind == "stats" and name != RARELY_SCALED)
+        updates, state = tx.update(grads, state, params, stats=stats, refresh=kind == "full", scale=scale)
+        return value, kf.apply_updates(params, updates), state
+
+    _, params, state = move(given.params, tx.init(given.params), "full")
+
+    def run() -> Tensor:
+        nonlocal params, state
+        value, params, state = move(params, state, kind)
+        return value
+
+    return Step(run, trains=True)
+
+
+def steps(given: Batches, name: str, estimator: str) -> dict[str, Step]:
+    """Everything that is timed of one structure."""
+    return phases(given, name, estimator) | {kind: whole(given, name, kind, estimator) for kind in KINDS}
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError when the body takes longer (only in the main thread of a system with alarms)."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def raced(given: Batches, name: str, options: argparse.Namespace) -> Row:
+    """One structure against kronecker(): as many rounds as fit into the seconds that it may take."""
+    try:
+        with limited(options.limit):
+            ours = {f"own {k}": step for k, step in steps(given, name, options.estimator).items()}
+            theirs = steps(given, "kronecker", options.estimator)
+            race = Race(theirs | ours, given.task.device, options.block).warm(1)
+            start = time.perf_counter()
+            race.round()
+    except TimeoutError:
+        return Row(name, {}, failure=f"over {options.limit:.0f} s")
+    except (kf.errors.KFacError, RuntimeError) as error:
+        return Row(name, {}, failure=f"refused: {str(error).splitlines()[0]}")
+    once = time.perf_counter() - start
+    race.run(max(0, min(options.rounds, round(options.limit / once)) - 1))
+    mixes = {phase: {phase: 1.0} for phase in PHASES} | SCHEDULES
+    return Row(name, {column: compared(race, mix) for column, mix in mixes.items()}, race.rounds)
+
+
+def compared(race: Race, mix: dict[str, float]) -> Spread:
+    """The same mix of steps with the structure and with kronecker(), round by round."""
+    ours, theirs = (race.ratios({start + k: share for k, share in mix.items()}, "pre") for start in ("own ", ""))
+    return spread([x / y for x, y in zip(ours, theirs, strict=True)])
+
+
+def rendered(workload: Workload, rows: Sequence[Row]) -> str:
+    """The table of one workload."""
+
+    def cell(row: Row, column: str) -> str:
+        if row.failure:
+            return row.failure if column == PHASES[0] else "-"
+        aim = AIMS.get((workload.name, row.name, column))
+        return str(row.ratios[column]) + ("" if aim is None else f" / {aim:g}")
+
+    columns = [*PHASES, *SCHEDULES]
+    head = [f"{workload.name} {workload.title}", *columns, "rounds"]
+    return table([head, *([row.name, *(cell(row, c) for c in columns), str(row.rounds)] for row in rows)])
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.structures", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--only", nargs="+", default=[""], help="structures whose names begin so")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a structure on a workload")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
+    parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hardware", help='the machine in plain words, for the notes: "2-core CPU"')
+    parser.add_argument("--append", action="store_true", help="add the tables to NOTES.md (needs --hardware)")
+    options = parser.parse_args(arguments)
+    if options.append and (options.quick or not options.hardware):
+        parser.error("--append needs --hardware, and a run that is not --quick")
+    options.rounds, options.block = (2, 0.0) if options.quick else (options.rounds, 0.1)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Measure, print, and append when asked."""
+    options = parsed(arguments)
+    configure(options.threads)
+    device = torch.device(options.device)
+    facts = {"hardware": options.hardware} if options.hardware else {}
+    facts |= settings(device) | {"estimator": options.estimator, "limit": f"{options.limit:g} s"}
+    parts = [", ".join(f"{key} {value}" for key, value in facts.items())]
+    parts += ["QUICK: four examples, two rounds. The figures mean nothing."] if options.quick else []
+    parts += ["Ratio to kronecker() in the same rounds, median [quartiles] / aim:"]
+    print("\n\n".join(parts), flush=True)
+    for workload in (WORKLOADS[name] for name in options.workloads):
+        given = batches(workload, device, 4 if options.quick else None)
+        names = [name for name in TIMED if name.startswith(tuple(options.only))]
+        parts.append(rendered(workload, [raced(given, name, options) for name in names]))
+        print("\n" + parts[-1], flush=True)
+    text = "\n\n".join(parts)
+    if options.append:
+        append(text, f"Structures, {options.hardware}, {datetime.date.today()}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

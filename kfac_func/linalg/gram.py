@@ -1,0 +1,222 @@
+r"""The exact curvature of rows and its damped inverse, by the Gram matrix of all examples; F is never formed.
+
+    F = M Mᵀ,   M = [vec V_1 … vec V_K],   V_m = Σ_t left[m,t] right[m,t]ᵀ             m = (output vector, example)
+
+    (F + Λ)⁻¹ u = Λ⁻¹ [u − M (I + MᵀΛ⁻¹M)⁻¹ MᵀΛ⁻¹ u]                                    Λ = λ_l on block l
+
+    (MᵀM)[m, m'] = Σ_{t,t'} (right[m,t]·right[m',t']) (left[m,t]·left[m',t'])           1/√N is in left
+
+Sources: the identity of Sherman, Morrison and Woodbury; Ren & Goldfarb 2019 (1906.02353).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from kfac_func._errors import HyperparameterError, StateError, explain
+from kfac_func._tree import leaves, storable, tree_map
+from kfac_func.blocks.pairs import BUDGET, Pairs, chunks, matrices
+
+Rule = Literal["standard", "heuristic"]
+"""λ_l = λ, or λ_l = λ σ₁(A) + λ σ₁(G) + λ²."""
+
+ROWS = "rows"
+"""The frame in which a batch shows its rows."""
+
+
+class Sizes(NamedTuple):
+    """What the first look at a batch says of its rows: means over examples of Σ left² and Σ right², 0-dim."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Window(NamedTuple):
+    """The last batches, newest first: their rows, left [window, V, B, S, (q), o] and right [window, V or 1, B, S,
+    (q), i] (a dictionary of them by block name for all blocks together), and their weights [window] in the moving
+    average, 0 where there was no batch yet.
+    """
+
+    rows: Any
+    weights: Tensor
+
+
+class Woodbury(NamedTuple):
+    """The rows and λ_l of every block, and the Cholesky factor [K, K] of I + Σ_l M_lᵀM_l/λ_l."""
+
+    rows: dict[str, Pairs]
+    damping: dict[str, Tensor]
+    lower: Tensor
+
+
+storable(Sizes, Window, Woodbury)
+
+
+def known_rule(rule: str) -> None:
+    """Raise HyperparameterError for an unknown rule of damping."""
+    if rule not in get_args(Rule):
+        raise HyperparameterError(
+            explain("unknown rule of damping.", got=repr(rule), wanted=" or ".join(map(repr, get_args(Rule))))
+        )
+
+
+# ------------------------------------------------------------------ the rows of the last batches
+
+
+def sizes(rows: Pairs) -> Sizes:
+    """The mean squares of the rows."""
+    return Sizes(rows.left.square().sum(), rows.right.square().sum() / rows.right.shape[1])
+
+
+def shifted(old: Any, new: Any, fraction: Tensor, window: int) -> Window:
+    """The window with one more batch in front. F̂ = Σ_k w_k F_k / Σ_k w_k with the weights of the moving average: the
+    new one has `fraction`, the old ones keep 1 − fraction of theirs; with fraction 0 nothing changes.
+
+    Raises StateError for batches of different sizes, unless the window holds one batch and `fraction` can be read.
+    """
+    if old == ():
+        empty = tree_map(lambda x: x.new_zeros(window, *x.shape), new)
+        old = Window(empty, leaves(new)[0].new_zeros(window))
+    same = all(x.shape == kept.shape[1:] for x, kept in zip(leaves(new), leaves(old.rows), strict=True))
+    if not same and (window > 1 or not _readable(fraction)):
+        raise StateError(
+            explain(
+                "batches of different sizes cannot be kept in one window.",
+                got=[list(x.shape) for x in leaves(new)[:2]],
+                wanted=[list(x.shape[1:]) for x in leaves(old.rows)[:2]],
+                options="keep the batch size (and the number of output vectors); window=1 may change it, but not under "
+                "vmap or torch.compile",
+            )
+        )
+    weights = torch.cat([fraction.reshape(1), (1 - fraction) * old.weights[:-1]]).to(old.weights.dtype)
+    rows = tree_map(lambda x, kept: _in_front(x.to(kept.dtype), kept), new, old.rows)
+    if not same:
+        return Window(rows, weights) if fraction > 0 else old
+    return tree_map(lambda x, kept: torch.where(fraction > 0, x, kept), Window(rows, weights), old)
+
+
+def _in_front(x: Tensor, kept: Tensor) -> Tensor:
+    return x.unsqueeze(0) if len(kept) == 1 else torch.cat([x.unsqueeze(0), kept[:-1]])
+
+
+def _readable(flag: Tensor) -> bool:
+    """Whether Python may ask for the value."""
+    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(flag)
+
+
+def joined(rows: Pairs, weights: Tensor) -> Pairs:
+    """The rows of F̂ = Σ_k w_k F_k / Σ_k w_k, all batches as one: [V, window · B, ...]."""
+    left = rows.left * _along(_shares(weights).sqrt(), rows.left)
+    return Pairs(*(x.transpose(0, 1).flatten(1, 2) for x in (left, rows.right)))
+
+
+def _shares(weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return weights / torch.where(total > 0, total, 1.0)
+
+
+def _along(numbers: Tensor, x: Tensor) -> Tensor:
+    """Numbers for the leading dimensions of x, ready to be multiplied with it."""
+    return numbers[(..., *[None] * (x.ndim - numbers.ndim))]
+
+
+def ruled(rows: Pairs, weights: Tensor, damping: Tensor, rule: str) -> Tensor:
+    """λ_l of a block: λ, or λ σ₁(A) + λ σ₁(G) + λ² with the largest eigenvalues of its Kronecker factors.
+
+    A = 1/(N T) Σ ā āᵀ and G = 1/(N T) Σ g gᵀ over the rows of the window; A = 1 for a vector block.
+    """
+    damping = damping.to(weights.dtype)
+    if rule == "standard":
+        return damping
+    share, (vectors, examples, positions) = _shares(weights), rows.right.shape[1:4]
+    a = _largest(rows.right * _along((share / (vectors * examples * positions)).sqrt(), rows.right))
+    g = _largest(rows.left * _along((share / positions).sqrt(), rows.left))
+    return damping * a + damping * g + damping**2
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest eigenvalue of Σ row rowᵀ (of any group), by the smaller of the two Gram matrices."""
+    x = rows.flatten(0, 3)
+    x = x.movedim(1, 0) if x.ndim == 3 else x
+    return torch.linalg.eigvalsh(x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT).amax()
+
+
+# ------------------------------------------------------------------ M without M
+
+
+def columns(rows: Pairs) -> Tensor:
+    """Mᵀ as a dense matrix [K, p], row-major vec(V): the oracle."""
+    return matrices(rows).flatten(2).flatten(0, 1)
+
+
+def onto(rows: Pairs, v: Tensor) -> Tensor:
+    """Mᵀ vec(V) as [V, B], for V [(q), o, i]."""
+    return (torch.einsum("vbs...i,...oi->vbs...o", rows.right, v) * rows.left).flatten(2).sum(-1)
+
+
+def combined(rows: Pairs, y: Tensor) -> Tensor:
+    """M y = Σ_m y_m V_m [(q), o, i], for y [V, B]."""
+    left = rows.left * _along(y, rows.left)
+    left = left.sum(0, keepdim=True) if rows.right.shape[0] == 1 else left
+    return torch.einsum("vbs...o,vbs...i->...oi", left, rows.right)
+
+
+def gram(rows: Pairs) -> Tensor:
+    """MᵀM [K, K], from products of rows or from the matrices V_m, whichever costs less; memory stays bounded."""
+    vectors, shared, (b, s) = rows.left.shape[0], rows.right.shape[0], rows.left.shape[1:3]
+    o, i = rows.left.shape[-1], rows.right.shape[-1]
+    by_rows = (shared * b * s) ** 2 * i + (vectors * b * s) ** 2 * (o + 1)
+    by_matrices = vectors * b * s * o * i + (vectors * b) ** 2 * o * i
+    found = _by_rows(rows) if by_rows <= by_matrices else _by_matrices(rows)
+    return found.reshape(vectors * b, vectors * b)
+
+
+def _by_rows(rows: Pairs) -> Tensor:
+    """Some examples against some others at a time, [V, B, V, B]."""
+    s, strips = rows.left.shape[2], []
+    for part in chunks(rows, s * rows.left[..., 0].numel()):
+        others = chunks(rows, s * part.left[..., 0].numel())
+        strips.append(torch.cat([_products(part, other) for other in others], dim=3))
+    return torch.cat(strips, dim=1)
+
+
+def _products(one: Pairs, two: Pairs) -> Tensor:
+    left, right = (torch.einsum("vbs...d,wct...d->vbwc...st", x, y) for x, y in zip(one, two, strict=True))
+    return (left * right).flatten(4).sum(-1)
+
+
+def _by_matrices(rows: Pairs) -> Tensor:
+    """Some rows of all V_m at a time, [K, K]."""
+    size = max(1, BUDGET // (rows.left[..., 0].numel() // rows.left.shape[2] * rows.right.shape[-1]))
+    parts = (columns(Pairs(left, rows.right)) for left in rows.left.split(size, dim=-1))
+    return sum((part @ part.mT for part in parts), start=rows.left.new_zeros(()))
+
+
+# ------------------------------------------------------------------ the damped inverse
+
+
+def woodbury(rows: dict[str, Pairs], damping: dict[str, Tensor]) -> Woodbury:
+    """What it takes to solve with F + Λ, for the rows (alike in V and B) and the λ_l > 0 of all blocks.
+
+    I + Σ_l M_lᵀM_l/λ_l is scaled to a unit diagonal before it is factorised. Where that fails in this precision, and
+    for λ = 0, the factor has NaN.
+    """
+    left = next(iter(rows.values())).left
+    eye = torch.eye(left.shape[:2].numel(), dtype=left.dtype, device=left.device)
+    total = sum((gram(part) / damping[name] for name, part in rows.items()), start=eye)
+    root = total.diagonal().sqrt().unsqueeze(-1)
+    lower, info = torch.linalg.cholesky_ex(total / root / root.mT)
+    return Woodbury(rows, damping, torch.where(info == 0, root * lower, torch.nan))
+
+
+def solve_woodbury(factored: Woodbury, vs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(F + Λ)⁻¹ u for arrays [(q), o, i] or [p] by block; blocks that are not given have gradient zero."""
+    rows, damping, lower = factored
+    us = {name: (v.unsqueeze(-1) if v.ndim == 1 else v).to(lower.dtype) for name, v in vs.items()}
+    seen = torch.stack([onto(rows[name], u) / damping[name] for name, u in us.items()]).sum(0)
+    y = torch.cholesky_solve(seen.reshape(-1, 1), lower).reshape(seen.shape)
+    return {name: ((u - combined(rows[name], y)) / damping[name]).reshape(vs[name].shape) for name, u in us.items()}
