@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     kind: str
     weight: str | None  # None: a bias alone, i.e. a layer whose only input is the constant 1
     bias: str | None
-    shape: tuple[int, ...]  # of the weight leaf (of the bias leaf when there is no weight)
+    shape: tuple[int, ...]  # of the weight leaf or its view (q, i, o, k...), that `order` permutes; of a lone bias
     order: tuple[int, ...] = ()
     groups: int = 1
     outputs: int = 0  # o per group; p for a vector block

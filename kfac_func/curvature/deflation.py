@@ -60,8 +60,8 @@ def deflation(rank: int = 2, *, iterations: int = 10, tolerance: float = 1e-3, r
         return rearranged(block, radius)
 
     def absorb(state: Any, look: Look, fraction: Tensor) -> Terms:
-        g = look(())
-        products, found = averaged(state, look, fraction), list[Triplet]()
+        g, products = look(()), averaged(state, look, fraction)
+        found: list[Triplet] = []
         for k in range(rank):
             fresh = start_matrix(g.shape[-1], g).expand_as(g) if k else g
             start = warm(None if state == () else state.s[k], fresh)

@@ -92,7 +92,8 @@ def shifted(old: Any, new: Any, fraction: Tensor, window: int) -> Window:
                 "vmap or torch.compile",
             )
         )
-    weights = torch.cat([fraction.reshape(1), (1 - fraction) * old.weights[:-1]]).to(old.weights.dtype)
+    f = fraction.to(old.weights)
+    weights = torch.cat([f.reshape(1), (1 - f) * old.weights[:-1]])
     rows = tree_map(lambda x, kept: _in_front(x.to(kept.dtype), kept), new, old.rows)
     if not same:
         return Window(rows, weights) if fraction > 0 else old

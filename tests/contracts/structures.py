@@ -70,6 +70,41 @@ def eigen(state: Any, damping: float, split: str) -> Tensor:
     return (u * (state.scalings.flatten() + damping)) @ u.T
 
 
+def nearest(state: Any, damping: float, split: str) -> Tensor:
+    return oracles.damped(state.r[0], state.s[0], 1.0, damping, split)
+
+
+def terms(state: Any, damping: float, split: str) -> Tensor:
+    """Two terms, the first one damped; what the second takes away relative to the first is floored at 0.1, and at λ."""
+    return summed(state.r, state.s, damping, split)
+
+
+def summed(r: Tensor, s: Tensor, damping: float, split: str) -> Tensor:
+    if r.ndim == 4:
+        return torch.block_diag(*(summed(*pair, damping, split) for pair in zip(r.unbind(1), s.unbind(1), strict=True)))
+    lower = torch.linalg.cholesky(oracles.damped(r[0], s[0], 1.0, damping, split))
+    half = torch.linalg.solve_triangular(lower, oracles.kron(s[1], r[1]), upper=False)
+    values, basis = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.T, upper=False))
+    k = torch.linalg.solve_triangular(lower.T, basis, upper=True)
+    floor = (damping * k.square().sum(0)).clamp(min=0.1)
+    back = torch.linalg.inv(k)
+    return back.T @ (torch.maximum(1 + values, floor)[:, None] * back)
+
+
+def corrected(state: Any, damping: float, split: str) -> Tensor:
+    a, g, t = merged(state.kronecker)
+    first = (t * densify(a), densify(g))
+    return summed(*(torch.stack([x, y[0]]) for x, y in zip(first, state.correction, strict=True)), damping, split)
+
+
+def exact(state: Any, damping: float, split: str) -> Tensor:
+    del split
+    left, right = (x[0] for x in state.rows)
+    m = torch.einsum("vbs...o,vbs...i->vb...oi", left, right.expand(left.shape[0], *right.shape[1:]))
+    m = m.flatten(0, 1).flatten(1)
+    return m.T @ m + damping * torch.eye(m.shape[1], dtype=m.dtype)
+
+
 C = kf.curvature
 SPLITS = (*FACTORED, "exact")
 ROWS = {
@@ -86,6 +121,11 @@ ROWS = {
     "eigen iteration": Row(C.eigen("intra_batch", basis="iteration"), eigen, exact="product", below="kronecker"),
     "eigen mean_gradient": Row(C.eigen("mean_gradient"), eigen, means=False),
     "eigen sua": Row(C.eigen(sua=True), eigen, below="kronecker sua"),
+    "kpsvd": Row(C.kpsvd(), nearest, SPLITS, exact="product", below="kronecker"),
+    "deflation": Row(C.deflation(), terms, FACTORED, exact="product", below="kpsvd"),
+    "corrected": Row(C.corrected(), corrected, FACTORED, exact="product", below="kronecker"),
+    "lanczos": Row(C.lanczos(), terms, FACTORED, exact="product", below="kronecker"),
+    "block_diagonal": Row(C.block_diagonal(), exact, means=False, exact="always", below="deflation"),
 }
 
 

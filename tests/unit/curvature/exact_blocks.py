@@ -1,15 +1,21 @@
-"""What the tests of rearranged blocks share: the dense F, its dense rearrangement, and one batch for a structure."""
+"""What the tests of sums of Kronecker products share: dense matrices, structures, one batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Block, per_example
+from kfac_func.blocks import Block, densify, merged, per_example
 from kfac_func.curvature import Structure
-from tests.zoo import CASES, measured
+from kfac_func.curvature.corrected import corrected
+from kfac_func.curvature.deflation import deflation
+from kfac_func.curvature.kpsvd import kpsvd
+from kfac_func.curvature.lanczos import lanczos
+from kfac_func.linalg.sums import Terms
+from tests.zoo import CASES, measured, subset
 
 BLOCKS = {
     "linear": ("mlp", "first.w"),
@@ -23,6 +29,15 @@ BLOCKS = {
 }
 TIGHT = {"iterations": 3000, "tolerance": 1e-13}
 ONE = torch.ones((), dtype=torch.float64)
+DAMPING = 0.03 * ONE
+SUMS: dict[str, Callable[..., Structure]] = {
+    "deflation": deflation,
+    "lanczos": lanczos,
+    "corrected": corrected,
+    "deflation 3": lambda **options: deflation(3, **options),
+    "lanczos 3": lambda **options: lanczos(3, **options),
+}
+STRUCTURES: dict[str, Callable[..., Structure]] = {"kpsvd": kpsvd, **SUMS}
 
 
 def block_of(name: str) -> Block:
@@ -76,3 +91,42 @@ def rescaled(block: Block, a: float = 1.0, g: float = 1.0) -> Block:
         use._replace(inputs=a * use.inputs, grads=None if use.grads is None else g * use.grads) for use in block.uses
     )
     return block._replace(uses=tuple(uses))
+
+
+def tight(structure: str) -> Structure:
+    return STRUCTURES[structure](**({"steps": 60} if structure.startswith("lanczos") else TIGHT))
+
+
+def halves(name: str) -> tuple[Block, Block]:
+    """Two batches of one block that differ."""
+    case, path = BLOCKS[name]
+    n = len(CASES[case].targets)
+    one, two = (measured(subset(CASES[case], *ends))[path] for ends in ((0, n // 2), (n // 2, n)))
+    return one, two
+
+
+def terms_of(state: Any) -> Terms:
+    """All terms of a state."""
+    if isinstance(state, Terms):
+        return state
+    a, g, t = merged(state.kronecker)
+    first = t * densify(a), densify(g)
+    return Terms(*(torch.cat([x[None], y]) for x, y in zip(first, state.correction, strict=True)))
+
+
+def shape_of(state: Any) -> tuple[int, ...]:
+    terms = terms_of(state)
+    return (*terms.r.shape[1:-2], terms.s.shape[-1], terms.r.shape[-1])
+
+
+def groups_of(m: Tensor, like: Tensor) -> Tensor:
+    """The blocks along the diagonal of a matrix, with the shape of the groups' F: the inverse of `matrix`."""
+    size = len(m) // len(like)
+    return torch.stack([m[k : k + size, k : k + size] for k in range(0, len(m), size)]).reshape_as(like)
+
+
+def operator(own: Structure, factored: Any, shape: tuple[int, ...]) -> Tensor:
+    """`solve` as a matrix."""
+    p = torch.Size(shape).numel()
+    eye = torch.eye(p, dtype=torch.float64).reshape(p, *shape)
+    return torch.func.vmap(lambda v: own.solve(factored, v).flatten(), out_dims=1)(eye)

