@@ -10,8 +10,11 @@
     a, b, c, d whole steps in the schedules of `harness`
 
 All of it on a state that has seen another batch, so that warm starts count as in training. Every structure has a race
-of its own with kronecker(), and figures are ratios inside its rounds. A structure that does not fit into --limit
-seconds, or is refused, is shown as such. The exit status says whether it ran, never whether it was fast.
+of its own with kronecker(), and figures are ratios inside its rounds. Its preparation and first round must fit into
+--limit seconds, and there are as many other rounds as fit into as much again; a structure that does not fit, or is
+refused, is shown as such. The row "kronecker" is kronecker() against itself: the noise of the run.
+
+The exit status says whether it ran, never whether it was fast.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.harness import SCHEDULES, Race, Spread, configure, settings, spr
 from benchmarks.report import append, table
 from benchmarks.steps import ESTIMATORS, KINDS, RATE, Step, Task, make_task
 from benchmarks.workloads import SEED, WORKLOADS, Workload
+from kfac_func.damping import Split
 from kfac_func.precondition.averages import Batch, absorbed, factorized, refreshed, scaled
 
 C = kf.curvature
@@ -55,6 +59,7 @@ STRUCTURES: dict[str, Callable[[], C.Structure | C.Curvature]] = {
     "eigen, iteration": lambda: C.eigen(basis="iteration"),
     "eigen, mean_gradient": lambda: C.eigen("mean_gradient"),
     "kpsvd": C.kpsvd,
+    "kpsvd, exact damping": C.kpsvd,
     "kpsvd, radius 1": lambda: C.kpsvd(radius=1),
     "deflation": C.deflation,
     "deflation, rank 4": lambda: C.deflation(4),
@@ -72,7 +77,7 @@ STRUCTURES: dict[str, Callable[[], C.Structure | C.Curvature]] = {
 }
 """Every structure and the variants worth comparing, with default settings otherwise."""
 
-SPLITS: dict[str, kf.damping.Split] = {"kronecker, exact damping": "exact"}
+SPLITS: dict[str, Split] = {name: "exact" for name in STRUCTURES if name.endswith("exact damping")}
 """Where the damping is not split by π."""
 
 RARELY_SCALED = "eigen, scaled at refresh"
@@ -86,10 +91,13 @@ AIMS = {("W2", name, "a"): 20.0 for name in ("kpsvd", "deflation", "corrected", 
 
 
 class Row(NamedTuple):
-    """What one structure gave on one workload: ratios by column, or why there are none."""
+    """What one structure gave on one workload: by column its ratios and the milliseconds of kronecker(), or why there
+    are none.
+    """
 
     name: str
     ratios: dict[str, Spread]
+    milliseconds: dict[str, float]
     rounds: int = 0
     failure: str = ""
 
@@ -98,17 +106,19 @@ class Batches(NamedTuple):
     """A workload with two batches, so that a state never meets the batch that it was warmed on."""
 
     task: Task
-    fn: Any
+    step: Any
     params: Any
     data: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def batches(workload: Workload, device: torch.device, examples: int | None) -> Batches:
+def batches(workload: Workload, device: torch.device, examples: int | None, estimator: str = "monte_carlo") -> Batches:
     """Two batches of a workload and its model."""
     task = make_task(workload, device, 2 * (examples or workload.examples))
     n = len(task.inputs) // 2
     first, second = zip(task.inputs.split(n), task.targets.split(n), strict=True)
-    return Batches(task, *kf.make_functional(task.module()), (first, second))
+    fn, params = kf.make_functional(task.module())
+    step = kf.value_grad_and_stats(fn, workload.loss, estimator=ESTIMATORS[estimator]())
+    return Batches(task, step, params, (first, second))
 
 
 def transformation(name: str) -> kf.GradientTransformation:
@@ -116,14 +126,13 @@ def transformation(name: str) -> kf.GradientTransformation:
     return kf.kfac(TIMED[name](), damping=DAMPING, split=SPLITS.get(name, "pi"))
 
 
-def phases(given: Batches, name: str, estimator: str) -> dict[str, Step]:
+def phases(given: Batches, name: str) -> dict[str, Step]:
     """Measure, refresh and solve for a second batch, on a state that the first one made."""
-    generator = torch.Generator(given.task.device).manual_seed(SEED)
-    step = kf.value_grad_and_stats(given.fn, given.task.workload.loss, estimator=ESTIMATORS[estimator]())
-    (_, _, first), (_, grads, second) = (step(given.params, batch, generator=generator) for batch in given.data)
+    tx, generator = transformation(name), torch.Generator(given.task.device).manual_seed(SEED)
+    (_, _, first), (_, grads, second) = (given.step(given.params, batch, generator=generator) for batch in given.data)
     assert first is not None
     assert second is not None
-    start = kf.observe(transformation(name).init(given.params), first)
+    start = kf.observe(tx.init(given.params), first)
     batch = Batch(start, second)
     measured = absorbed(start, batch)
     scales = batch.curvature.scales
@@ -139,15 +148,14 @@ def phases(given: Batches, name: str, estimator: str) -> dict[str, Step]:
     }
 
 
-def whole(given: Batches, name: str, kind: str, estimator: str) -> Step:
+def whole(given: Batches, name: str, kind: str) -> Step:
     """A training step "full", "stats" or "pre" on the two batches in turn; scalings, if any, with all statistics."""
     generator = torch.Generator(given.task.device).manual_seed(SEED)
-    step = kf.value_grad_and_stats(given.fn, given.task.workload.loss, estimator=ESTIMATORS[estimator]())
     tx = kf.chain(transformation(name), kf.sgd(RATE))
     data = itertools.cycle(given.data)
 
     def move(params: Any, state: Any, kind: str) -> tuple[Tensor, Any, Any]:
-        value, grads, stats = step(params, next(data), generator=generator, stats=kind != "pre")
+        value, grads, stats = given.step(params, next(data), generator=generator, stats=kind != "pre")
         scale = kind == "full" or (kind == "stats" and name != RARELY_SCALED)
         updates, state = tx.update(grads, state, params, stats=stats, refresh=kind == "full", scale=scale)
         return value, kf.apply_updates(params, updates), state
@@ -162,9 +170,9 @@ def whole(given: Batches, name: str, kind: str, estimator: str) -> Step:
     return Step(run, trains=True)
 
 
-def steps(given: Batches, name: str, estimator: str) -> dict[str, Step]:
+def steps(given: Batches, name: str) -> dict[str, Step]:
     """Everything that is timed of one structure."""
-    return phases(given, name, estimator) | {kind: whole(given, name, kind, estimator) for kind in KINDS}
+    return phases(given, name) | {kind: whole(given, name, kind) for kind in KINDS}
 
 
 @contextmanager
@@ -187,19 +195,21 @@ def raced(given: Batches, name: str, options: argparse.Namespace) -> Row:
     """One structure against kronecker(): as many rounds as fit into the seconds that it may take."""
     try:
         with limited(options.limit):
-            ours = {f"own {k}": step for k, step in steps(given, name, options.estimator).items()}
-            theirs = steps(given, "kronecker", options.estimator)
+            ours = {f"own {k}": step for k, step in steps(given, name).items()}
+            theirs = steps(given, "kronecker")
             race = Race(theirs | ours, given.task.device, options.block).warm(1)
             start = time.perf_counter()
             race.round()
     except TimeoutError:
-        return Row(name, {}, failure=f"over {options.limit:.0f} s")
+        return Row(name, {}, {}, failure=f"over {options.limit:g} s")
     except (kf.errors.KFacError, RuntimeError) as error:
-        return Row(name, {}, failure=f"refused: {str(error).splitlines()[0]}")
+        return Row(name, {}, {}, failure=f"refused: {str(error).splitlines()[0]}")
     once = time.perf_counter() - start
     race.run(max(0, min(options.rounds, round(options.limit / once)) - 1))
     mixes = {phase: {phase: 1.0} for phase in PHASES} | SCHEDULES
-    return Row(name, {column: compared(race, mix) for column, mix in mixes.items()}, race.rounds)
+    ratios = {column: compared(race, mix) for column, mix in mixes.items()}
+    times = {c: sum(share * race.milliseconds(k) for k, share in mix.items()) for c, mix in mixes.items()}
+    return Row(name, ratios, times, race.rounds)
 
 
 def compared(race: Race, mix: dict[str, float]) -> Spread:
@@ -218,8 +228,10 @@ def rendered(workload: Workload, rows: Sequence[Row]) -> str:
         return str(row.ratios[column]) + ("" if aim is None else f" / {aim:g}")
 
     columns = [*PHASES, *SCHEDULES]
-    head = [f"{workload.name} {workload.title}", *columns, "rounds"]
-    return table([head, *([row.name, *(cell(row, c) for c in columns), str(row.rounds)] for row in rows)])
+    lines = [[f"{workload.name} {workload.title}", *columns, "rounds"]]
+    times = next((row.milliseconds for row in rows if not row.failure), dict.fromkeys(columns, float("nan")))
+    lines.append(["kronecker(), ms", *(f"{times[c]:.2f}" for c in columns), "-"])
+    return table(lines + [[row.name, *(cell(row, c) for c in columns), str(row.rounds)] for row in rows])
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -228,7 +240,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--only", nargs="+", default=[""], help="structures whose names begin so")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a structure on a workload")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for the first round of a structure")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
     parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
     parser.add_argument("--device", default="cpu")
@@ -254,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parts += ["Ratio to kronecker() in the same rounds, median [quartiles] / aim:"]
     print("\n\n".join(parts), flush=True)
     for workload in (WORKLOADS[name] for name in options.workloads):
-        given = batches(workload, device, 4 if options.quick else None)
+        given = batches(workload, device, 4 if options.quick else None, options.estimator)
         names = [name for name in TIMED if name.startswith(tuple(options.only))]
         parts.append(rendered(workload, [raced(given, name, options) for name in names]))
         print("\n" + parts[-1], flush=True)

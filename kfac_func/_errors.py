@@ -58,3 +58,13 @@ class PlanMismatchError(CaptureError):
 
 class StateError(KFacError, RuntimeError):
     """An optimiser state cannot be used the way it was asked to be."""
+
+
+def at_least(low: int, **options: int | None) -> None:
+    """Raise HyperparameterError for an option below `low`; None passes.
+
+    >>> at_least(1, rank=2, radius=None)
+    """
+    for name, value in options.items():
+        if value is not None and value < low:
+            raise HyperparameterError(explain(f"{name} must be at least {low}.", got=value))

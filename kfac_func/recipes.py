@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 
 from kfac_func import curvature as structures
-from kfac_func._errors import HyperparameterError, explain
+from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure
 from kfac_func.curvature.eigen import Basis, Scalings
@@ -234,8 +234,6 @@ def _link(
         raise HyperparameterError(explain("unknown average.", got=repr(average), wanted="'debiased' or 'warmup'"))
     if not 0 <= decay < 1:
         raise HyperparameterError(explain("decay must be in [0, 1): it is the weight of the old average.", got=decay))
-    for name, every in (("refresh_every", refresh_every), ("scale_every", scale_every)):
-        if every < 1:
-            raise HyperparameterError(explain(f"{name} must be at least 1.", got=every))
+    at_least(1, refresh_every=refresh_every, scale_every=scale_every)
     tree = structures.blockwise(curvature) if isinstance(curvature, Structure) else curvature
     return preconditioner(tree, damping, Options(split, decay, average, refresh_every, scale_every))

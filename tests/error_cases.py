@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import kfac_func as kf
 from kfac_func import errors
@@ -43,6 +44,24 @@ def learned(curvature: Any, estimator: Any = None, measure: Any = None, **settin
     return call
 
 
+def places(p: Any, x: Tensor) -> Tensor:
+    return F.linear(x, p["w"]) + F.embedding(torch.arange(2), p["e"]).sum(1)
+
+
+def resized() -> None:
+    run = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact())
+    state = kf.kfac(C.block_diagonal(window=2)).init(PARAMS)
+    for n in (4, 3):
+        state = kf.observe(state, run(PARAMS, (torch.ones(n, 3), torch.zeros(n, 2)))[2])
+
+
+def shared() -> None:
+    params = {"w": torch.ones(2, 3), "e": torch.ones(2, 4)}
+    run = kf.value_grad_and_stats(places, kf.losses.mse(), estimator=kf.estimators.monte_carlo())
+    stats = run(params, (torch.ones(4, 3), torch.zeros(4, 2)), generator=torch.Generator().manual_seed(0))[2]
+    kf.observe(kf.kfac(C.full()).init(params), stats)
+
+
 MOMENTS = C.blockwise(C.eigen()).measure
 
 CASES = {
@@ -56,6 +75,15 @@ CASES = {
     "a rule without a block": Case(
         learned(C.by_path({"head.*": C.diagonal(), "**": C.kronecker()})), HYPER, "'head.*'", "mend the pattern"
     ),
+    "kpsvd solver": Case(lambda: C.kpsvd(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
+    "terms": Case(lambda: C.deflation(0), HYPER, "rank", "at least 1"),
+    "exact damping of a sum": Case(
+        learned(C.deflation(), split="exact"), HYPER, "deflation[2]", "split='pi' or split='none'"
+    ),
+    "no vectors": Case(learned(C.kpsvd(), kf.estimators.forward_only()), STATE, "'0.weight'", "use monte_carlo()"),
+    "rule": Case(lambda: C.block_diagonal(rule=wrong("lm")), HYPER, "'lm'", "'standard' or 'heuristic'"),
+    "window of two sizes": Case(resized, STATE, "one window", "window=1 may change it"),
+    "full with a shared use": Case(shared, STATE, "'e'", "block_diagonal()"),
     "centred chunks": Case(
         learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
         HYPER, "centred", "leave `measure=`",

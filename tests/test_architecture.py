@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOOR = "__init__"
 FLOORS = {
-    **dict.fromkeys(["_typing", "_errors"], 1),
+    **dict.fromkeys(["_typing", "_errors", "_tracing"], 1),
     **dict.fromkeys(["_tree", "blocks", "losses"], 2),
     **dict.fromkeys(["linalg", "layers", "products", "transforms", "checkpoint"], 3),
     **dict.fromkeys(["capture", "damping"], 4),
@@ -35,7 +35,7 @@ HOMES = {
 }
 SIBLINGS = {"curvature", "layers", "losses"}
 SIBLING_IMPORTS = {("curvature.two_level", "curvature.coarse"), ("curvature.blockwise", "curvature.diagonal")}
-CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing"}
+CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing", "_tracing"}
 FILE_LINES, FUNCTION_LINES = 300, 60
 
 

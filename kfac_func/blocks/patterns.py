@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError, explain
+from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func.blocks.base import Blocks, Diagonal, Factor, Offsets
 
 Side = Literal["both", "input", "output"]
@@ -44,8 +44,7 @@ def pattern(**options: Any) -> Pattern:
             raise HyperparameterError(
                 explain(f"unknown {name}.", got=repr(options[name]), wanted=" or ".join(map(repr, choices)))
             )
-    if found.max_dim is not None and found.max_dim < 1:
-        raise HyperparameterError(explain("max_dim must be at least 1.", got=found.max_dim))
+    at_least(1, max_dim=found.max_dim)
     return found
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor as _wrapped
 
 from kfac_func import _tree
 from kfac_func._errors import BatchError, CaptureError, explain
+from kfac_func._tracing import readable
 from kfac_func.blocks import Where
 from kfac_func.capture.grouping import owner
 from kfac_func.layers import Found
@@ -80,7 +80,7 @@ def _interleaved(one: Tensor, two: Tensor, dim: int, fold: int) -> bool:
     `one` and `two` are a use's inputs for one and two examples. The rows of an example are together in (2, f), apart
     in (r, 2, f/r) for any r > 1 that divides f; whichever is nearest to the rows for one example is what happened.
     """
-    if fold == 1 or one.shape[dim] != fold or torch.compiler.is_compiling() or _wrapped(two):
+    if fold == 1 or one.shape[dim] != fold or not readable(two):
         return False
     own, both = one.movedim(dim, 0).double(), two.movedim(dim, 0).double()
 

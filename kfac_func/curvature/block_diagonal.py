@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac_func._errors import at_least
 from kfac_func.blocks import Pairs, pairs
 from kfac_func.curvature.base import Look, Structure
 from kfac_func.linalg.gram import (
@@ -27,7 +28,6 @@ from kfac_func.linalg.gram import (
     solve_woodbury,
     woodbury,
 )
-from kfac_func.linalg.sums import at_least
 
 
 def block_diagonal(*, rule: Rule = "standard", window: int = 1) -> Structure:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_func._errors import at_least
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, KroneckerState, densify, kronecker_state, merged
 from kfac_func.blocks.rearranged import Frame, Rearranged, rearranged, seen
@@ -21,7 +22,6 @@ from kfac_func.linalg.krylov import Triplet, deflated, power, start_matrix
 from kfac_func.linalg.sums import (
     SumFactored,
     Terms,
-    at_least,
     averaged,
     changed,
     densified,

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError, explain
+from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func._tree import storable
 from kfac_func.blocks import (
     Block,
@@ -143,8 +143,7 @@ def _check(scalings: str, basis: str, sweeps: int) -> None:
             raise HyperparameterError(
                 explain(f"unknown {name}.", got=repr(value), wanted=" or ".join(map(repr, choices)))
             )
-    if sweeps < 1:
-        raise HyperparameterError(explain("sweeps must be at least 1.", got=sweeps))
+    at_least(1, sweeps=sweeps)
 
 
 def _dense(state: EigenState) -> Tensor:

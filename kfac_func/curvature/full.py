@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_func._errors import StateError, explain
+from kfac_func._errors import StateError, at_least, explain
 from kfac_func.blocks import Block, Pairs, pairs
 from kfac_func.curvature.base import Curvature, Look
 from kfac_func.linalg.gram import (
@@ -26,7 +26,6 @@ from kfac_func.linalg.gram import (
     solve_woodbury,
     woodbury,
 )
-from kfac_func.linalg.sums import at_least
 
 
 def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:

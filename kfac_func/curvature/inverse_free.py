@@ -31,7 +31,7 @@ from kfac_func.blocks import (
     transpose,
 )
 from kfac_func.curvature.base import Look, Structure, average
-from kfac_func.damping import pi_split
+from kfac_func.damping import Split, pi_split
 from kfac_func.linalg import kron, times
 from kfac_func.linalg.roots import excess, mean_within, moved, multiple
 
@@ -150,28 +150,7 @@ def inverse_free(
                     options="split='pi' or 'none'; inverse_free(adaptive=True); or eigen(), whose damping is exact",
                 )
             )
-        a, g, t = merged(state.factors)
-        factors, damping = (a, g), (damping / t).to(t.dtype)
-        shifts = pi_split(a, g, damping, "none" if split == "none" else "pi")
-        first = state.roots == ()
-        roots = Roots(*map(_start, factors, shifts)) if first else _cast(state.roots, t.dtype)
-        momenta = _cast(state.momenta, t.dtype)
-        for _ in range(warm_steps if first else steps):
-            for side, other in ((0, 1), (1, 0)):
-                seen = _seen(factors[other], roots[other], damping) if adaptive else (1.0, shifts[side])
-                roots, momenta = advanced(roots, momenta, side, _shifted(factors[side], *seen))
-        own = t.dtype if dtype is None else dtype
-        return state._replace(roots=_cast(roots, own), momenta=_cast(momenta, own))
-
-    def advanced(roots: Roots, momenta: Any, side: int, goal: Factor) -> tuple[Roots, Any]:
-        """One step of one side towards the inverse of `goal`."""
-        name, root = Roots._fields[side], roots[side]
-        direction = excess(root, goal, lower=structure == "lower_triangular")
-        if momentum:
-            momenta = Roots(*(multiple(r, 0.0) for r in roots)) if momenta == () else momenta
-            direction = add([scaled(momenta[side], momentum), direction])
-            momenta = momenta._replace(**{name: direction})
-        return roots._replace(**{name: moved(root, direction, step)}), momenta
+        return _refreshed(options, state, damping, "none" if split == "none" else "pi")
 
     def factorize(state: InverseFreeState, damping: Tensor, split: str) -> RootFactored:
         del split
@@ -212,6 +191,32 @@ def _check(options: Options) -> None:
             raise HyperparameterError(
                 explain(f"{name} of inverse_free has no meaning.", got=repr(getattr(options, name)), wanted=wanted)
             )
+
+
+def _refreshed(options: Options, state: InverseFreeState, damping: Tensor, split: Split) -> InverseFreeState:
+    a, g, t = merged(state.factors)
+    factors, damping = (a, g), (damping / t).to(t.dtype)
+    shifts = pi_split(a, g, damping, split)
+    first = state.roots == ()
+    roots = Roots(*map(_start, factors, shifts)) if first else _cast(state.roots, t.dtype)
+    momenta = _cast(state.momenta, t.dtype)
+    for _ in range(options.warm_steps if first else options.steps):
+        for side, other in ((0, 1), (1, 0)):
+            seen = _seen(factors[other], roots[other], damping) if options.adaptive else (1.0, shifts[side])
+            roots, momenta = _advanced(options, roots, momenta, side, _shifted(factors[side], *seen))
+    own = t.dtype if options.dtype is None else options.dtype
+    return state._replace(roots=_cast(roots, own), momenta=_cast(momenta, own))
+
+
+def _advanced(options: Options, roots: Roots, momenta: Any, side: int, goal: Factor) -> tuple[Roots, Any]:
+    """One step of one side towards the inverse of `goal`."""
+    name, root = Roots._fields[side], roots[side]
+    direction = excess(root, goal, lower=options.structure == "lower_triangular")
+    if options.momentum:
+        momenta = Roots(*(multiple(r, 0.0) for r in roots)) if momenta == () else momenta
+        direction = add([scaled(momenta[side], options.momentum), direction])
+        momenta = momenta._replace(**{name: direction})
+    return roots._replace(**{name: moved(root, direction, options.step)}), momenta
 
 
 def _start(factor: Factor, shift: Tensor) -> Factor:

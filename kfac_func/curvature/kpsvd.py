@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError, explain
+from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func.blocks import Block
 from kfac_func.blocks.rearranged import rearranged, seen
 from kfac_func.curvature.base import Look, Structure
 from kfac_func.damping import damped_product, solve_product
 from kfac_func.linalg import Solver
 from kfac_func.linalg.krylov import power
-from kfac_func.linalg.sums import Terms, at_least, averaged, changed, densified, positive, terms_of, warm
+from kfac_func.linalg.sums import Terms, averaged, changed, densified, positive, terms_of, warm
 
 
 def kpsvd(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac_func._errors import at_least
 from kfac_func.blocks import Block
 from kfac_func.blocks.rearranged import rearranged, seen
 from kfac_func.curvature.base import Look, Structure
@@ -19,7 +20,6 @@ from kfac_func.linalg.krylov import golub_kahan
 from kfac_func.linalg.sums import (
     SumFactored,
     Terms,
-    at_least,
     averaged,
     changed,
     densified,

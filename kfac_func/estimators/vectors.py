@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError, explain
+from kfac_func._errors import at_least
 from kfac_func.losses import Loss
 
 
@@ -59,7 +59,7 @@ def exact(chunk_size: int | None = None) -> Estimator:
         >>> kf.estimators.exact(chunk_size=16).name
         'exact'
     """
-    _positive("chunk_size", chunk_size)
+    at_least(1, chunk_size=chunk_size)
 
     def vectors(loss: Loss, z: Tensor, targets: Tensor, noise: Tensor | None) -> Iterator[Tensor]:
         del noise
@@ -86,7 +86,7 @@ def monte_carlo(samples: int = 1) -> Estimator:
         >>> kf.estimators.monte_carlo(samples=2).name
         'monte_carlo'
     """
-    _positive("samples", samples)
+    at_least(1, samples=samples)
 
     def noise(loss: Loss, z: Tensor) -> tuple[int, ...]:
         return (samples, *loss.noise_shape(z))
@@ -109,7 +109,7 @@ def curvature_prop(samples: int = 1) -> Estimator:
         >>> kf.estimators.curvature_prop().name
         'curvature_prop'
     """
-    _positive("samples", samples)
+    at_least(1, samples=samples)
 
     def noise(loss: Loss, z: Tensor) -> tuple[int, ...]:
         del loss
@@ -157,8 +157,3 @@ def forward_only() -> Estimator:
         return iter(())
 
     return Estimator("forward_only", _silent, vectors, _number(0), zero_mean=True)
-
-
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise HyperparameterError(explain(f"{name} must be at least 1.", got=value))

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from kfac_func._errors import HyperparameterError, StateError, explain
+from kfac_func._tracing import readable
 from kfac_func._tree import leaves, storable, tree_map
 from kfac_func.blocks.pairs import BUDGET, Pairs, chunks, matrices
 
@@ -82,7 +82,7 @@ def shifted(old: Any, new: Any, fraction: Tensor, window: int) -> Window:
         empty = tree_map(lambda x: x.new_zeros(window, *x.shape), new)
         old = Window(empty, leaves(new)[0].new_zeros(window))
     same = all(x.shape == kept.shape[1:] for x, kept in zip(leaves(new), leaves(old.rows), strict=True))
-    if not same and (window > 1 or not _readable(fraction)):
+    if not same and (window > 1 or not readable(fraction)):
         raise StateError(
             explain(
                 "batches of different sizes cannot be kept in one window.",
@@ -102,11 +102,6 @@ def shifted(old: Any, new: Any, fraction: Tensor, window: int) -> Window:
 
 def _in_front(x: Tensor, kept: Tensor) -> Tensor:
     return x.unsqueeze(0) if len(kept) == 1 else torch.cat([x.unsqueeze(0), kept[:-1]])
-
-
-def _readable(flag: Tensor) -> bool:
-    """Whether Python may ask for the value."""
-    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(flag)
 
 
 def joined(rows: Pairs, weights: Tensor) -> Pairs:

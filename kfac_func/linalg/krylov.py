@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+
+from kfac_func._tracing import readable
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -40,7 +41,7 @@ def power(forward: Operator, adjoint: Operator, start: Tensor, iterations: int, 
     sigma, new = _unit(adjoint(left))
     triplet, done = Triplet(sigma, left, new), _norm(new - right) <= tolerance
     for _ in range(iterations - 1):
-        if _readable(done) and bool(done.all()):
+        if readable(done) and bool(done.all()):
             break
         _, left = _unit(forward(triplet.right))
         sigma, right = _unit(adjoint(left))
@@ -183,8 +184,3 @@ def _signed(triplet: Triplet) -> Triplet:
     trace = triplet.left.diagonal(dim1=-2, dim2=-1).sum(-1)
     sign = _over(torch.where(trace < 0, -1.0, 1.0).to(trace.dtype), triplet.left)
     return Triplet(triplet.sigma, sign * triplet.left, sign * triplet.right)
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether Python may look at the value: not under torch.compile or a torch.func transformation."""
-    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)

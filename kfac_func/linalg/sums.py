@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
 from kfac_func.blocks.rearranged import Frame
 from kfac_func.linalg.kron import kron
@@ -45,13 +44,6 @@ class SumFactored(NamedTuple):
 
 
 storable(Terms, SumFactored)
-
-
-def at_least(low: int, **options: int | None) -> None:
-    """Raise HyperparameterError for an option below `low`; None passes."""
-    for name, value in options.items():
-        if value is not None and value < low:
-            raise HyperparameterError(explain(f"{name} must be at least {low}.", got=value))
 
 
 def terms_of(triplets: list[Triplet]) -> Terms:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from kfac_func import _tree
 from kfac_func._errors import StateError, explain
+from kfac_func._tracing import readable
 from kfac_func._tree import Static
 from kfac_func._typing import PyTree
 from kfac_func.curvature import Curvature
@@ -152,11 +152,6 @@ def attached(state: KFacState, curvature: Curvature) -> KFacState:
     """A state with its curvature: the one it has, or after loading from a file the one given."""
     rules: Rules = state.rules.value
     return state if rules.curvature is not None else state._replace(rules=Static(rules._replace(curvature=curvature)))
-
-
-def readable(flag: Tensor) -> bool:
-    """Whether Python may ask for the value: not under torch.compile, vmap or a transform."""
-    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(flag)
 
 
 def all_finite(tree: PyTree) -> Tensor:

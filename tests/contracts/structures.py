@@ -38,6 +38,7 @@ class Row(NamedTuple):
     means        whether the moments of a batch are the mean of those of its parts
     exact        whether it is F wherever F is one Kronecker product ("product"), or always ("always")
     below        the row that it is never worse than, ‖F − F̂‖ in Frobenius norm
+    short        the same structure with few iterations: a compiler unrolls them all
     """
 
     structure: Structure
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     means: bool = True
     exact: str = ""
     below: str = ""
+    short: Structure | None = None
 
 
 def identity(state: Any, damping: float, split: str) -> Tensor:
@@ -121,11 +123,13 @@ ROWS = {
     "eigen iteration": Row(C.eigen("intra_batch", basis="iteration"), eigen, exact="product", below="kronecker"),
     "eigen mean_gradient": Row(C.eigen("mean_gradient"), eigen, means=False),
     "eigen sua": Row(C.eigen(sua=True), eigen, below="kronecker sua"),
-    "kpsvd": Row(C.kpsvd(), nearest, SPLITS, exact="product", below="kronecker"),
-    "deflation": Row(C.deflation(), terms, FACTORED, exact="product", below="kpsvd"),
-    "corrected": Row(C.corrected(), corrected, FACTORED, exact="product", below="kronecker"),
-    "lanczos": Row(C.lanczos(), terms, FACTORED, exact="product", below="kronecker"),
-    "block_diagonal": Row(C.block_diagonal(), exact, means=False, exact="always", below="deflation"),
+    "kpsvd": Row(C.kpsvd(), nearest, SPLITS, exact="product", below="kronecker", short=C.kpsvd(iterations=2)),
+    "deflation": Row(C.deflation(), terms, FACTORED, exact="product", below="kpsvd", short=C.deflation(iterations=2)),
+    "corrected": Row(
+        C.corrected(), corrected, FACTORED, exact="product", below="kronecker", short=C.corrected(iterations=2)
+    ),
+    "lanczos": Row(C.lanczos(), terms, FACTORED, exact="product", below="kronecker", short=C.lanczos(steps=2)),
+    "block_diagonal": Row(C.block_diagonal(), exact, exact="always", below="deflation"),
 }
 
 

@@ -148,7 +148,7 @@ def test_a_head_of_fifty_thousand_rows_is_affordable():
 
 @pytest.mark.parametrize(("name", "block"), [("conv", "first.weight"), ("mlp", "first.w"), ("tokens", "head.weight")])
 def test_centred_statistics_are_covariances(name, block):
-    """The mean row is taken off a, and off g for every output vector; the homogeneous 1 stays 1 and is uncorrelated with the rest."""
+    """The mean row is taken off a, and off g for every output vector; the homogeneous 1 stays, uncorrelated."""
     b = measured(CASES[name])[block]
     (use,) = b.uses
     a, g = input_rows(use, "expand").flatten(0, 1), output_rows(use, "expand").flatten(1, 2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kfac_func as kf
-from benchmarks import harness, peers, report, steps, workloads
+from benchmarks import fisher_quality, harness, peers, report, steps, structures, workloads
+from tests import oracles
 
 CPU = torch.device("cpu")
 
@@ -122,3 +126,116 @@ def test_nothing_meaningless_is_appended(arguments: list[str]) -> None:
 
 def test_peers_that_are_not_installed_are_left_out() -> None:
     assert peers.installed({"a": ("torch", None), "b": ("no_such_package", None)}) == ["a"]
+
+
+# ------------------------------------------------------------------ structures
+
+
+def _constructors() -> set[str]:
+    """The names of all structures of the library; combinations of them are not structures of their own."""
+    functions = {name for name, thing in vars(kf.curvature).items() if inspect.isfunction(thing)}
+    return functions - {"blockwise", "by_path"}
+
+
+def test_the_table_has_every_structure() -> None:
+    assert {name.split(",")[0] for name in structures.STRUCTURES} == _constructors()
+    assert list(structures.SPLITS) == ["kronecker, exact damping", "kpsvd, exact damping"]
+
+
+@pytest.fixture
+def options() -> argparse.Namespace:
+    return structures.parsed(["--quick"])
+
+
+@pytest.fixture(scope="module")
+def given() -> structures.Batches:
+    return structures.batches(tiny(), CPU, None)
+
+
+@pytest.mark.parametrize("name", [*sorted(_constructors()), structures.RARELY_SCALED])
+def test_every_structure_gets_finite_ratios(given: structures.Batches, name: str, options: argparse.Namespace) -> None:
+    row = structures.raced(given, name, options)
+    assert row.failure == ""
+    assert row.rounds == 2
+    assert list(row.ratios) == list(row.milliseconds) == ["measure", "refresh", "solve", "a", "b", "c", "d"]
+    assert all(math.isfinite(ratio.median) and ratio.median > 0 for ratio in row.ratios.values())
+
+
+def test_a_structure_is_compared_with_kronecker_inside_a_round() -> None:
+    race = harness.Race({name: harness.Step(lambda: None) for name in ("pre", "full", "own pre", "own full")}, CPU)
+    race.seconds = {"pre": [1.0, 2.0], "full": [3.0, 6.0], "own pre": [5.0, 10.0], "own full": [7.0, 14.0]}
+    assert structures.compared(race, {"pre": 0.5, "full": 0.5}) == harness.Spread(3.0, 3.0, 3.0)
+
+
+def test_a_state_is_timed_on_a_batch_that_it_has_not_seen(given: structures.Batches) -> None:
+    (first, _), (second, _) = given.data
+    assert first.shape == second.shape == (8, 5)
+    assert not torch.equal(first, second)
+
+
+def test_what_is_too_slow_or_refused_is_shown(
+    given: structures.Batches, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(structures.TIMED, "slow", lambda: time.sleep(60))
+    monkeypatch.setitem(structures.TIMED, "refused", lambda: kf.curvature.kpsvd(iterations=0))
+    slow = structures.raced(given, "slow", argparse.Namespace(**vars(options) | {"limit": 0.05}))
+    rows = [slow, *(structures.raced(given, name, options) for name in ("refused", "identity"))]
+    cells = [line.split("|")[1:3] for line in structures.rendered(tiny(), rows).splitlines()[3:]]
+    assert [cell.strip() for cell in cells[0]] == ["slow", "over 0.05 s"]
+    assert [cell.strip() for cell in cells[1]] == ["refused", "refused: iterations must be at least 1."]
+    assert float(cells[2][1].split("[")[0]) > 0
+
+
+def test_the_table_of_structures_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", tiny())
+    text = structures.main(["--quick", "--workloads", "tiny", "--only", "diagonal", "kronecker, sua", "--threads", "1"])
+    assert "QUICK" in text
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")] == [
+        "tiny two layers",
+        "kronecker(), ms",
+        "kronecker, sua",
+        "diagonal",
+    ]
+
+
+# ------------------------------------------------------------------ nearness to the exact curvature
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, fisher_quality.Quality], Path]:
+    folder = tmp_path_factory.mktemp("results")
+    found = fisher_quality.main(["--nets", "conv", "--steps", "3", "--threads", "1", "--out", str(folder)])
+    return found["conv"], folder
+
+
+def test_quality_of_every_structure_is_written(quality: tuple[dict[str, fisher_quality.Quality], Path]) -> None:
+    found, folder = quality
+    assert set(found) >= set(structures.STRUCTURES)
+    text = (folder / "fisher_quality.md").read_text()
+    assert all(f"| {name} " in text for name in found)
+    assert (folder / "fisher_quality.png").stat().st_size > 10_000
+
+
+def test_quality_obeys_the_theorems(quality: tuple[dict[str, fisher_quality.Quality], Path]) -> None:
+    found, _ = quality
+    assert fisher_quality.broken(found) == []
+    swapped = found | {"eigen": found["kronecker"], "kronecker": found["eigen"], "full": found["block_diagonal"]}
+    assert fisher_quality.broken(swapped) == [
+        "eigen > kronecker",
+        "full is not exact",
+    ]
+
+
+def test_cosines_are_one_only_with_the_own_matrix(quality: tuple[dict[str, fisher_quality.Quality], Path]) -> None:
+    found, _ = quality
+    assert max(found["block_diagonal"].whole) < 1 - 1e-6
+    assert all(0 < c < 1 for c in (*found["identity"].whole, *found["kronecker"].blocks))
+
+
+def test_the_exact_matrix_is_the_oracle() -> None:
+    true = fisher_quality.truth(fisher_quality.NETS["conv"], steps=1)
+    x, y = true.data
+    found = oracles.ggn(true.fn, true.params, x, y, true.net.loss.value)
+    specs = {name: oracles.Spec(name, name[:-6] + "bias") for name in true.blocks}
+    for name, block in true.blocks.items():
+        torch.testing.assert_close(block, found.block(specs[name]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_func._errors import HyperparameterError
+from kfac_func._errors import HyperparameterError, at_least
 from kfac_func.blocks.rearranged import Frame
 from kfac_func.linalg.krylov import Triplet
 from kfac_func.linalg.sums import (
@@ -15,7 +15,6 @@ from kfac_func.linalg.sums import (
     SumFactored,
     Terms,
     _radius,
-    at_least,
     averaged,
     changed,
     densified,
