@@ -38,9 +38,11 @@ RESULTS = Path(__file__).parent / "results"
 STEPS, RATE, PARTS, LOOKS = 200, 1e-2, 8, 2
 DAMPINGS = (1e-2, 1.0)  # times the mean eigenvalue of F
 NAMES = [name + more for name in STRUCTURES for more in (("", ", reduce") if name == "kronecker" else ("",))]
+SIGNS = {"estimator": kf.estimators.curvature_prop(64)}  # for what subtracts or squares means: vectors of mean zero
 STATISTICS: dict[str, dict[str, Any]] = {
     "kronecker, reduce": {"sharing": "reduce"},
-    "eigen, mean_gradient": {"estimator": kf.estimators.curvature_prop(64)},  # it wants vectors of mean zero
+    "kronecker, centred": SIGNS,
+    "eigen, mean_gradient": SIGNS,
 }
 """Where the statistics are not those of `exact()` with every position on its own."""
 
@@ -242,8 +244,8 @@ def report(found: dict[str, dict[str, Quality]]) -> str:
             "![the same figures as a plot](fisher_quality.png)",
             meaning.strip(),
             f"Expected of the errors: {orders}.\nblock_diagonal and full have none, and cosine 1 with their own F.",
-            "Where the statistics differ: `reduce` averages inputs and sums gradients over positions; `mean_gradient`\n"
-            "wants vectors of mean zero and gets 64 random signs per example (`curvature_prop`).",
+            "Where the statistics differ: `reduce` averages inputs and sums gradients over positions; `centred`\n"
+            "and `mean_gradient` want vectors of mean zero and get 64 random signs per example (`curvature_prop`).",
             *(rendered(NETS[net], one) for net, one in found.items()),
         ]
     )

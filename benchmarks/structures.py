@@ -267,8 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     print("\n\n".join(parts), flush=True)
     for workload in (WORKLOADS[name] for name in options.workloads):
         given = batches(workload, device, 4 if options.quick else None, options.estimator)
-        names = [name for name in TIMED if name.startswith(tuple(options.only))]
-        parts.append(rendered(workload, [raced(given, name, options) for name in names]))
+        rows = []
+        for name in (name for name in TIMED if name.startswith(tuple(options.only))):
+            start = time.perf_counter()
+            rows.append(raced(given, name, options))
+            print(f"{workload.name} {name}: {time.perf_counter() - start:.1f} s", flush=True)
+        parts.append(rendered(workload, rows))
         print("\n" + parts[-1], flush=True)
     text = "\n\n".join(parts)
     if options.append:

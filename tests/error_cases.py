@@ -81,6 +81,8 @@ CASES = {
         learned(C.deflation(), split="exact"), HYPER, "deflation[2]", "split='pi' or split='none'"
     ),
     "no vectors": Case(learned(C.kpsvd(), kf.estimators.forward_only()), STATE, "'0.weight'", "use monte_carlo()"),
+    "step": Case(lambda: C.inverse_free(step=0.0), HYPER, "step", "(0, 1]"),
+    "exact damping of roots": Case(learned(C.inverse_free(), split="exact"), HYPER, "inverse_free()", "adaptive=True"),
     "rule": Case(lambda: C.block_diagonal(rule=wrong("lm")), HYPER, "'lm'", "'standard' or 'heuristic'"),
     "window of two sizes": Case(resized, STATE, "one window", "window=1 may change it"),
     "full with a shared use": Case(shared, STATE, "'e'", "block_diagonal()"),

@@ -107,6 +107,17 @@ def exact(state: Any, damping: float, split: str) -> Tensor:
     return m.T @ m + damping * torch.eye(m.shape[1], dtype=m.dtype)
 
 
+def rooted(state: Any, damping: float, split: str) -> Tensor:
+    """Converged roots: the damped factors as far as the structure of the roots sees them."""
+    return product(state.factors, damping, split)
+
+
+def adaptively_rooted(state: Any, damping: float, split: str) -> Tensor:
+    del damping, split
+    k, c = (densify(root) for root in state.roots)
+    return merged(state.factors)[2] * oracles.kron(torch.linalg.inv(c @ c.mT), torch.linalg.inv(k @ k.mT))
+
+
 C = kf.curvature
 SPLITS = (*FACTORED, "exact")
 ROWS = {
@@ -129,6 +140,17 @@ ROWS = {
         C.corrected(), corrected, FACTORED, exact="product", below="kronecker", short=C.corrected(iterations=2)
     ),
     "lanczos": Row(C.lanczos(), terms, FACTORED, exact="product", below="kronecker", short=C.lanczos(steps=2)),
+    "inverse_free": Row(C.inverse_free(), rooted, FACTORED, exact="product", short=C.inverse_free(warm_steps=2)),
+    "inverse_free lower": Row(
+        C.inverse_free("lower_triangular"),
+        rooted,
+        FACTORED,
+        exact="product",
+        short=C.inverse_free("lower_triangular", warm_steps=2),
+    ),
+    "inverse_free blocks": Row(C.inverse_free("block_diagonal", block_size=3), rooted, FACTORED),
+    "inverse_free diagonal": Row(C.inverse_free("diagonal"), rooted, FACTORED),
+    "inverse_free adaptive": Row(C.inverse_free(adaptive=True), adaptively_rooted),
     "block_diagonal": Row(C.block_diagonal(), exact, exact="always", below="deflation"),
 }
 

@@ -38,9 +38,9 @@ def outer_shape(block: Block) -> tuple[int, ...]:
 # ------------------------------------------------------------------ spatially uncorrelated activations
 
 
-def _convolution(bias: bool = True, groups: int = 1, **options: Any) -> Case:
+def _convolution(kind: Any = nn.Conv2d, **options: Any) -> Case:
     """One convolution on rectangular maps with an asymmetric kernel, then a mean over positions."""
-    conv = nn.Conv2d(4, 6, (3, 2), bias=bias, groups=groups, **options)
+    conv = kind(4, 6, (3, 2), **options)
     fn, params = functional(nn.Sequential(conv, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)), 1.0)
     data = randn(7, 4, 6, 5, seed=9), torch.arange(7).remainder(3)
     return Case(fn, params, *data, kf.losses.cross_entropy(), F.cross_entropy, {}, {})
@@ -52,6 +52,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "padding": {"padding": (1, 2)},
     "stride and dilation": {"stride": (2, 1), "dilation": (1, 2), "padding": 1},
     "groups": {"groups": 2, "padding": 1},
+    "transposed": {"kind": nn.ConvTranspose2d, "stride": (2, 1), "padding": 1},
 }
 
 
