@@ -9,10 +9,10 @@
     solve      preconditioning a gradient
     a, b, c, d whole steps in the schedules of `harness`
 
-All of it on a state that has seen another batch, so that warm starts count as in training. Every structure has a race
-of its own with kronecker(), and figures are ratios inside its rounds. Its preparation and first round must fit into
---limit seconds, and there are as many other rounds as fit into as much again; a structure that does not fit, or is
-refused, is shown as such. The row "kronecker" is kronecker() against itself: the noise of the run.
+All of it on a state that has seen another batch, so that warm starts count as in training. A structure has two races
+with kronecker(), one of phases and one of whole steps, and figures are ratios inside their rounds. The preparation and
+first round of a race must fit into --limit seconds, and there are as many other rounds as fit into as much again; what
+does not fit, or is refused, is shown as such. The row "kronecker" is kronecker() against itself: the noise of the run.
 
 The exit status says whether it ran, never whether it was fast.
 """
@@ -90,16 +90,13 @@ AIMS = {("W2", name, "a"): 20.0 for name in ("kpsvd", "deflation", "corrected", 
 """By workload, structure and column: the aim behind the slash. It decides nothing."""
 
 
-class Row(NamedTuple):
-    """What one structure gave on one workload: by column its ratios and the milliseconds of kronecker(), or why there
-    are none.
-    """
+class Cell(NamedTuple):
+    """One figure of one structure: the ratio to kronecker() and the milliseconds of that, or why there are none."""
 
-    name: str
-    ratios: dict[str, Spread]
-    milliseconds: dict[str, float]
+    ratio: Spread | None = None
+    milliseconds: float = float("nan")
     rounds: int = 0
-    failure: str = ""
+    failure: str = "-"
 
 
 class Batches(NamedTuple):
@@ -148,31 +145,35 @@ def phases(given: Batches, name: str) -> dict[str, Step]:
     }
 
 
-def whole(given: Batches, name: str, kind: str) -> Step:
-    """A training step "full", "stats" or "pre" on the two batches in turn; scalings, if any, with all statistics."""
-    generator = torch.Generator(given.task.device).manual_seed(SEED)
-    tx = kf.chain(transformation(name), kf.sgd(RATE))
-    data = itertools.cycle(given.data)
+def whole(given: Batches, name: str) -> dict[str, Step]:
+    """Training steps "full", "stats" and "pre" on the two batches in turn; scalings, if any, with all statistics."""
+    tx, generator = kf.chain(transformation(name), kf.sgd(RATE)), torch.Generator(given.task.device).manual_seed(SEED)
 
-    def move(params: Any, state: Any, kind: str) -> tuple[Tensor, Any, Any]:
-        value, grads, stats = given.step(params, next(data), generator=generator, stats=kind != "pre")
+    def move(batch: Any, params: Any, state: Any, kind: str) -> tuple[Any, Any]:
+        _, grads, stats = given.step(params, batch, generator=generator, stats=kind != "pre")
         scale = kind == "full" or (kind == "stats" and name != RARELY_SCALED)
         updates, state = tx.update(grads, state, params, stats=stats, refresh=kind == "full", scale=scale)
-        return value, kf.apply_updates(params, updates), state
+        return kf.apply_updates(params, updates), state
 
-    _, params, state = move(given.params, tx.init(given.params), "full")
+    start = move(given.data[0], given.params, tx.init(given.params), "full")
 
-    def run() -> Tensor:
-        nonlocal params, state
-        value, params, state = move(params, state, kind)
-        return value
+    def training(kind: str) -> Step:
+        data, now = itertools.cycle(given.data[::-1]), start
 
-    return Step(run, trains=True)
+        def run() -> None:
+            nonlocal now
+            now = move(next(data), *now, kind)
+
+        return Step(run, trains=True)
+
+    return {kind: training(kind) for kind in KINDS}
 
 
-def steps(given: Batches, name: str) -> dict[str, Step]:
-    """Everything that is timed of one structure."""
-    return phases(given, name) | {kind: whole(given, name, kind) for kind in KINDS}
+PARTS: tuple[tuple[Callable[[Batches, str], dict[str, Step]], dict[str, dict[str, float]]], ...] = (
+    (phases, {phase: {phase: 1.0} for phase in PHASES}),
+    (whole, SCHEDULES),
+)
+"""The two races of a structure, each with its columns as mixes of steps."""
 
 
 @contextmanager
@@ -191,47 +192,57 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def raced(given: Batches, name: str, options: argparse.Namespace) -> Row:
-    """One structure against kronecker(): as many rounds as fit into the seconds that it may take."""
-    try:
-        with limited(options.limit):
-            ours = {f"own {k}": step for k, step in steps(given, name).items()}
-            theirs = steps(given, "kronecker")
-            race = Race(theirs | ours, given.task.device, options.block).warm(1)
-            start = time.perf_counter()
-            race.round()
-    except TimeoutError:
-        return Row(name, {}, {}, failure=f"over {options.limit:g} s")
-    except (kf.errors.KFacError, RuntimeError) as error:
-        return Row(name, {}, {}, failure=f"refused: {str(error).splitlines()[0]}")
-    once = time.perf_counter() - start
-    race.run(max(0, min(options.rounds, round(options.limit / once)) - 1))
-    mixes = {phase: {phase: 1.0} for phase in PHASES} | SCHEDULES
-    ratios = {column: compared(race, mix) for column, mix in mixes.items()}
-    times = {c: sum(share * race.milliseconds(k) for k, share in mix.items()) for c, mix in mixes.items()}
-    return Row(name, ratios, times, race.rounds)
+def raced(given: Batches, name: str, options: argparse.Namespace) -> dict[str, Cell]:
+    """One structure against kronecker(), by column: as many rounds as fit into the seconds that they may take."""
+    found: dict[str, Cell] = {}
+    for make, mixes in PARTS:
+        race, failure = None, ""
+        try:
+            with limited(options.limit):
+                ours = {f"own {kind}": step for kind, step in make(given, name).items()}
+                race = Race(make(given, "kronecker") | ours, given.task.device, options.block).warm(0)
+                start = time.perf_counter()
+                race.round()
+                once = time.perf_counter() - start
+            race.run(max(0, min(options.rounds, round(options.limit / once)) - 1))
+        except TimeoutError:
+            failure = f"over {options.limit:g} s"
+        except (kf.errors.KFacError, RuntimeError) as error:
+            failure = f"refused: {str(error).splitlines()[0]}"
+        if race is None or failure:
+            found |= dict.fromkeys(mixes, Cell()) | {next(iter(mixes)): Cell(failure=failure)}
+            continue
+        for column, mix in mixes.items():
+            milliseconds = sum(share * race.milliseconds(kind) for kind, share in mix.items())
+            found[column] = Cell(compared(race, mix), milliseconds, race.rounds)
+    return found
 
 
 def compared(race: Race, mix: dict[str, float]) -> Spread:
     """The same mix of steps with the structure and with kronecker(), round by round."""
-    ours, theirs = (race.ratios({start + k: share for k, share in mix.items()}, "pre") for start in ("own ", ""))
+    ours, theirs = (
+        race.ratios({start + k: share for k, share in mix.items()}, next(iter(race.steps))) for start in ("own ", "")
+    )
     return spread([x / y for x, y in zip(ours, theirs, strict=True)])
 
 
-def rendered(workload: Workload, rows: Sequence[Row]) -> str:
+def rendered(workload: Workload, found: dict[str, dict[str, Cell]]) -> str:
     """The table of one workload."""
 
-    def cell(row: Row, column: str) -> str:
-        if row.failure:
-            return row.failure if column == PHASES[0] else "-"
-        aim = AIMS.get((workload.name, row.name, column))
-        return str(row.ratios[column]) + ("" if aim is None else f" / {aim:g}")
+    def text(name: str, column: str, cell: Cell) -> str:
+        aim = AIMS.get((workload.name, name, column))
+        return f"{cell.ratio or cell.failure}" + ("" if aim is None else f" / {aim:g}")
 
     columns = [*PHASES, *SCHEDULES]
-    lines = [[f"{workload.name} {workload.title}", *columns, "rounds"]]
-    times = next((row.milliseconds for row in rows if not row.failure), dict.fromkeys(columns, float("nan")))
-    lines.append(["kronecker(), ms", *(f"{times[c]:.2f}" for c in columns), "-"])
-    return table(lines + [[row.name, *(cell(row, c) for c in columns), str(row.rounds)] for row in rows])
+    usual = {c: next((row[c].milliseconds for row in found.values() if row[c].ratio), float("nan")) for c in columns}
+    lines = [
+        [f"{workload.name} {workload.title}", *columns, "rounds"],
+        ["kronecker(), ms", *(f"{usual[c]:.2f}" for c in columns), "-"],
+    ]
+    for name, row in found.items():
+        rounds = ", ".join(str(row[mixes].rounds) for mixes in ("measure", "a"))
+        lines.append([name, *(text(name, c, row[c]) for c in columns), rounds])
+    return table(lines)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -240,7 +251,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--only", nargs="+", default=[""], help="structures whose names begin so")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for the first round of a structure")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds for the first round of a race")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
     parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
     parser.add_argument("--device", default="cpu")
@@ -267,12 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     print("\n\n".join(parts), flush=True)
     for workload in (WORKLOADS[name] for name in options.workloads):
         given = batches(workload, device, 4 if options.quick else None, options.estimator)
-        rows = []
+        found: dict[str, dict[str, Cell]] = {}
         for name in (name for name in TIMED if name.startswith(tuple(options.only))):
             start = time.perf_counter()
-            rows.append(raced(given, name, options))
+            found[name] = raced(given, name, options)
             print(f"{workload.name} {name}: {time.perf_counter() - start:.1f} s", flush=True)
-        parts.append(rendered(workload, rows))
+        parts.append(rendered(workload, found))
         print("\n" + parts[-1], flush=True)
     text = "\n\n".join(parts)
     if options.append:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,16 @@ def moment_of_rows(rows: Tensor, bias: bool) -> Tensor:
     rows = rows.float() if rows.itemsize < 4 else rows
     moment = second_moment(rows)
     return border(moment, rows.sum(dim=0), rows.shape[0]) if bias else moment
+
+
+def kernel_offsets(options: tuple) -> int:
+    """K, the number of kernel offsets, of kinds whose last option is the kernel."""
+    return prod(options[-1])
+
+
+def grid(g: Tensor) -> tuple[int, ...]:
+    """The map of output gradients [V, B, C, *size]."""
+    return tuple(g.shape[3:])
 
 
 # ------------------------------------------------------- dense: inputs [B, ..., (q), i], outputs [B, ..., (q), o]

@@ -10,14 +10,23 @@ The weight leaf [C_in, C_out/q, k...] is seen as [q, C_in/q, C_out/q, k...], whi
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func.blocks import Factor, Kind
-from kfac_func.layers.base import Call, Found, Handler, map_rows, maps, moment_of_rows, per_dimension, ref_of
+from kfac_func.layers.base import (
+    Call,
+    Found,
+    Handler,
+    grid,
+    kernel_offsets,
+    map_rows,
+    maps,
+    moment_of_rows,
+    per_dimension,
+    ref_of,
+)
 
 
 def patches(x: Tensor, options: tuple) -> Tensor:
@@ -61,15 +70,7 @@ def _moment(x: Tensor, options: tuple, bias: bool) -> Factor:
     return moment_of_rows(patches(x, options).flatten(0, 1), bias)
 
 
-def _offsets(options: tuple) -> int:
-    return prod(options[-1])
-
-
-def _grid(g: Tensor) -> tuple[int, ...]:
-    return tuple(g.shape[3:])
-
-
-conv_transpose = Kind("conv_transpose", _gradient, patches, _output_rows, _moment, offsets=_offsets, grid=_grid)
+conv_transpose = Kind("conv_transpose", _gradient, patches, _output_rows, _moment, offsets=kernel_offsets, grid=grid)
 """`options` = (stride, padding, output padding, dilation, groups, kernel), each but groups a tuple of one number per
 dimension.
 """

@@ -4,13 +4,13 @@ Only the leading k of the d columns, U = [U_r, U_k] with the leading ones last a
 anew: by Rayleigh-Ritz inside their span and one power step out of it; the others are turned along by the orthogonal
 map that takes the old leading columns to the new ones.
 
-    Uₖᵀ A Uₖ = E Θ Eᵀ       P = Uₖ E       R = (A P − P Θ) (Θ − μ)⁻¹        columns of R no longer than 1
-    Q = (P + R) L⁻ᵀ         L Lᵀ = (P + R)ᵀ (P + R)                         new leading columns, QᵀQ = I
-    U ← [U_r − (Q + P) (I + L⁻¹)⁻¹ Qᵀ U_r,  Q]                              block reflector, P ↦ Q
+    Uₖᵀ A Uₖ = E Θ Eᵀ      P = Uₖ E      R = (I − P Pᵀ) A P (Θ − μ)⁻¹,     its columns no longer than 1
+    Z = P + R              L Lᵀ = ZᵀZ    Q = Z L⁻ᵀ                         the new leading columns, QᵀQ = I
+    U ← [U_r − (P + Q) (I + L)⁻¹ Zᵀ U_r,  Q]                               a block reflector takes P to Q
 
-The shift μ is the mean eigenvalue of the rest, at most half the smallest Ritz value. R is orthogonal to P, so that the
-eigenvalues of L Lᵀ lie in [1, 1 + k] for whatever A: nothing here can break down. A column i turns to the limit at the
-rate (λ_j − μ) / (λ_i − μ) over the λ_j of the rest.
+The shift μ is the mean eigenvalue of the rest, at most half the smallest Ritz value. Where λ_j are the eigenvalues of
+the rest, column i turns to its limit at the rate (λ_j − μ) / (λ_i − μ). R is orthogonal to P, so the eigenvalues of
+ZᵀZ lie in [1, 1 + k] whatever A is: nothing can break down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL = 64  # a matrix with fewer rows is decomposed anew: that costs less
 
 
 def refreshed_basis(
-    a: Float[Tensor, "*q d d"], basis: Float[Tensor, "*q d d"], sweeps: int = 1, share: float = 0.25
+    a: Float[Tensor, "*q d d"], basis: Float[Tensor, "*q d d"], sweeps: int = 1, share: float = 0.2
 ) -> Tensor:
     """An orthogonal basis [..., d, d] nearer to the eigenbasis of the symmetric positive semi-definite `a` than the
     orthogonal `basis`, whose columns belong to ascending eigenvalues.
@@ -45,10 +45,12 @@ def refreshed_basis(
     for _ in range(sweeps):
         rest, leading = basis[..., : d - k], basis[..., d - k :]
         old, step = _ritz(a, leading)
-        new, inverse = _orthonormal(old + step)
-        eye = torch.eye(k, dtype=a.dtype, device=a.device)
-        half = torch.linalg.solve_triangular(eye + inverse, old + new, upper=False, left=False)
-        basis = torch.cat([rest - half @ (new.mT @ rest), new], dim=-1)
+        z = old + step
+        lower = torch.linalg.cholesky_ex(z.mT @ z)[0]
+        new = torch.linalg.solve_triangular(lower.mT, z, upper=True, left=False)
+        shifted = lower + torch.eye(k, dtype=a.dtype, device=a.device)
+        half = torch.linalg.solve_triangular(shifted, old + new, upper=False, left=False)
+        basis = torch.cat([rest - half @ (z.mT @ rest), new], dim=-1)
     return basis
 
 
@@ -57,21 +59,13 @@ def _ritz(a: Tensor, leading: Tensor) -> tuple[Tensor, Tensor]:
     product = a @ leading
     b = leading.mT @ product
     values, turn = torch.linalg.eigh((b + b.mT) / 2)
-    old = leading @ turn
-    residual = product @ turn - old * values.unsqueeze(-2)
     others = (a.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum(-1)) / (a.shape[-1] - values.shape[-1])
     shift = torch.minimum(others, values[..., 0] / 2).clamp(min=0).unsqueeze(-1)
-    noise = 64 * torch.finfo(a.dtype).eps * values[..., -1:].abs() + torch.finfo(a.dtype).tiny
-    length = residual.square().sum(-2).sqrt()
-    return old, residual / torch.maximum(torch.maximum(values - shift, length), noise).unsqueeze(-2)
-
-
-def _orthonormal(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and L⁻¹ with Q = z L⁻ᵀ, QᵀQ = I, L lower triangular."""
-    lower = torch.linalg.cholesky_ex(z.mT @ z)[0]
-    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return z @ inverse.mT, inverse
+    noise = 64 * torch.finfo(a.dtype).eps * values.abs().amax(-1, keepdim=True) + torch.finfo(a.dtype).tiny
+    old = leading @ turn
+    step = product @ (turn / torch.maximum(values - shift, noise).unsqueeze(-2))
+    step = step - old @ (old.mT @ step)
+    return old, step * step.square().sum(-2, keepdim=True).clamp(min=1).rsqrt()
 
 
 def reexpressed(

@@ -15,18 +15,10 @@ from kfac_func.curvature.deflation import deflation
 from kfac_func.curvature.kpsvd import kpsvd
 from kfac_func.curvature.lanczos import lanczos
 from kfac_func.linalg.sums import Terms
+from tests.contracts import structures as contracts
 from tests.zoo import CASES, measured, subset
 
-BLOCKS = {
-    "linear": ("mlp", "first.w"),
-    "no bias": ("recurrent", "input"),
-    "several uses": ("recurrent", "hidden"),
-    "conv": ("conv", "first.weight"),
-    "groups": ("grouped", "conv.weight"),
-    "positions": ("attention", "query"),
-    "embedding": ("tokens", "embedding.weight"),
-    "tied": ("tied", "embedding"),
-}
+BLOCKS = {k: v for k, v in contracts.BLOCKS.items() if k != "norm"} | {"positions": ("attention", "query")}
 TIGHT = {"iterations": 3000, "tolerance": 1e-13}
 ONE = torch.ones((), dtype=torch.float64)
 DAMPING = 0.03 * ONE

@@ -9,7 +9,7 @@ from torch import Tensor
 from kfac_func.linalg.rotation import reexpressed, refreshed_basis
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
-SIZE, LEADING = 80, 20  # `share` is ¼
+SIZE, LEADING = 80, 16  # `share` is a fifth
 
 
 def moment(generator: torch.Generator, size: int, count: int, *batch: int, dtype: torch.dtype) -> Tensor:
@@ -93,7 +93,7 @@ def test_deficient_and_zero_matrices_leave_it_orthogonal(dtype: torch.dtype, gen
     a = moment(generator, SIZE, 3, 4, dtype=dtype)  # rank 3
     a[1] = 0.0
     a[2] *= 1e-30
-    a[3] = -a[3]
+    a[3] = -a[3]  # rounding can do that, and much less
     basis = refreshed_basis(a, eye(a), 30)
     assert orthogonality(basis) < LIMITS[dtype]
     assert coupling(a, basis)[::2].max() < LIMITS[dtype]
@@ -104,26 +104,22 @@ def test_a_drifting_stream_keeps_the_preconditioned_vector(generator: torch.Gene
     sizes, v = (100, 80), torch.randn(80, 100, generator=generator)
     frames = [torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for size in sizes]
     drifts = [torch.randn(size, size, generator=generator) for size in sizes]
-    turns = [torch.linalg.matrix_exp(2e-3 * (x - x.mT)) for x in drifts]
-    values = [
-        torch.linspace(0, 1e-3, size).index_copy(0, torch.arange(size - 12, size), torch.linspace(1, 4, 12))
-        for size in sizes
-    ]
+    values = [torch.cat([torch.linspace(0, 1e-3, size - 12), torch.linspace(1, 4, 12)]) for size in sizes]
 
     def preconditioned(bases: list[Tensor]) -> Tensor:
         u_a, u_g = bases
         a, g = ((u.mT @ x @ u).diagonal() for u, x in zip(bases, moments, strict=True))
-        s = torch.outer(g, a)
-        return u_g @ ((u_g.mT @ v @ u_a) / (s + 0.1)) @ u_a.mT
+        return u_g @ ((u_g.mT @ v @ u_a) / (torch.outer(g, a) + 0.1)) @ u_a.mT
 
-    bases = stale = frames
-    for _ in range(30):
-        frames = [turn @ u for turn, u in zip(turns, frames, strict=True)]
-        moments = [(u * x) @ u.mT for u, x in zip(frames, values, strict=True)]
+    bases, errors = frames, []
+    for time in range(1, 31):
+        turned = [torch.linalg.matrix_exp(2e-3 * time * (x - x.mT)) @ u for x, u in zip(drifts, frames, strict=True)]
+        moments = [(u * x) @ u.mT for u, x in zip(turned, values, strict=True)]
         bases = [refreshed_basis(x, u) for x, u in zip(moments, bases, strict=True)]
         exact = preconditioned([torch.linalg.eigh(x)[1] for x in moments])
-        assert (preconditioned(bases) - exact).norm() < 1e-2 * exact.norm()
-    assert (preconditioned(stale) - exact).norm() > 0.1 * exact.norm()
+        errors.append([(preconditioned(some) - exact).norm() / exact.norm() for some in (bases, frames)])
+    assert max(warm for warm, _ in errors) < 1e-2
+    assert errors[-1][1] > 0.1
 
 
 def test_scale_batches_vmap_and_repetition(generator: torch.Generator) -> None:
@@ -136,7 +132,7 @@ def test_scale_batches_vmap_and_repetition(generator: torch.Generator) -> None:
         torch.testing.assert_close(refreshed_basis(one, eye(one), 3), other, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("size, share", [(SIZE, 1.0), (8, 0.25), (1, 0.25)])
+@pytest.mark.parametrize(("size", "share"), [(SIZE, 1.0), (8, 0.2), (1, 0.2)])
 def test_small_matrices_and_the_whole_share_are_decomposed(size: int, share: float, generator: torch.Generator) -> None:
     a = moment(generator, size, 200, 2, dtype=torch.float64)
     torch.testing.assert_close(refreshed_basis(a, eye(a), share=share), torch.linalg.eigh(a)[1])

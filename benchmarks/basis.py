@@ -1,0 +1,152 @@
+"""The warm refresh of EKFAC's bases against `torch.linalg.eigh`, on the factors of W1 while it trains: cost and effect.
+
+    python -m benchmarks.basis --data curves --threads 1 2
+
+Cost: ratios to eigh inside interleaved rounds. Effect: ‖v − v_eigh‖ / ‖v_eigh‖ of the solved gradient, every variant
+with averages of S in its own bases; "kept" never refreshes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kfac_func as kf
+from benchmarks.harness import Race, Step, configure, spread
+from benchmarks.workloads import SEED, WORKLOADS
+from kfac_func.blocks import pack
+from kfac_func.curvature.eigen import Bases, EigenState
+from kfac_func.demo.data import curves
+from kfac_func.linalg.rotation import reexpressed, refreshed_basis
+from kfac_func.state import inside
+
+DECAY, EVERY, WIDE = 0.95, 10, 1000
+DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4)
+Refresh = Callable[[Tensor, Tensor], Tensor]
+
+
+class Moment(NamedTuple):
+    """One step of the stream: the blocks of the batch, the averages of A and G, the gradients; all by block."""
+
+    blocks: dict[str, Any]
+    factors: dict[str, Any]
+    grads: dict[str, Tensor]
+
+
+def eigh(a: Tensor, old: Tensor) -> Tensor:
+    """The basis made anew."""
+    del old
+    return torch.linalg.eigh(a)[1]
+
+
+WARM: dict[str, Refresh] = {
+    f"{share:g} x{sweeps}": lambda a, old, sweeps=sweeps, share=share: refreshed_basis(a, old, sweeps, share)
+    for share in (0.125, 0.2, 0.25, 0.5)
+    for sweeps in (1, 2)
+}
+
+
+def pictures(data: str) -> Iterator[Tensor]:
+    """Batches of 500: the one of the workload again and again, or of the curves of the demo."""
+    generator, workload = torch.Generator().manual_seed(SEED), WORKLOADS["W1"]
+    images = curves(5000, generator) if data == "curves" else workload.batch(workload.examples)[0]
+    while True:
+        yield images[torch.randperm(len(images), generator=generator)[: workload.examples]]
+
+
+def stream(data: str, rate: float) -> Iterator[Moment]:
+    """The statistics of W1, step by step, while K-FAC trains it."""
+    workload, generator = WORKLOADS["W1"], torch.Generator().manual_seed(SEED)
+    fn, params = kf.make_functional(workload.model())
+    step = kf.value_grad_and_stats(fn, workload.loss)
+    tx = kf.chain(kf.kfac(decay=DECAY, refresh_every=EVERY), kf.clip_by_global_norm(10.0), kf.sgd(rate))
+    state = tx.init(params)
+    for batch in pictures(data):
+        _, grads, stats = step(params, (batch, batch), generator=generator)
+        assert stats is not None
+        updates, state = tx.update(grads, state, params, stats=stats)
+        params, blocks = kf.apply_updates(params, updates), stats.blocks()
+        packed = {name: pack(block.layout, grads) for name, block in blocks.items()}
+        yield Moment(blocks, inside(state)[0].curvature.matrix, packed)
+
+
+def followed(state: Any, refresh: Refresh) -> EigenState:
+    """The state with refreshed bases, its scalings re-expressed in them."""
+    (a, g), old = state.factors[:2], state.bases
+    new = Bases(refresh(a, old.a), refresh(g, old.g))
+    return EigenState(state.factors, new, reexpressed(state.scalings, old.g.mT @ new.g, old.a.mT @ new.a))
+
+
+def effect(moments: Iterator[Moment], refreshes: int) -> None:
+    """Follow every variant along the stream and print, refresh by refresh, how far its solved gradient is off."""
+    own = kf.curvature.eigen()
+    variants: dict[str, Refresh] = {"eigh": eigh, "kept": lambda a, old: old, **WARM}
+    states: dict[tuple[str, str], Any] = {}
+    for time in range(1, EVERY * refreshes + 1):
+        seen, due, squares = next(moments), time % EVERY == 0, {}
+        fraction = torch.tensor(max(1 - DECAY, 1 / time))
+        for name, block in seen.blocks.items():
+            for variant, refresh in variants.items():
+                state = states.get((variant, name), EigenState(seen.factors[name], (), ()))
+                state = state._replace(factors=seen.factors[name])
+                if time == 1:
+                    state = own.refresh(state, fraction, "")
+                elif due:
+                    state = followed(state, refresh)
+                assert own.scale is not None
+                state = states[variant, name] = own.scale(state, lambda u, b=block: own.measure(b, u), fraction)
+                for damping in DAMPINGS if due else ():
+                    v = own.solve(own.factorize(state, torch.tensor(damping), ""), seen.grads[name])
+                    exact = v if variant == "eigh" else squares["eigh", damping, name][0]
+                    squares[variant, damping, name] = v, float((v - exact).square().sum()), float(v.square().sum())
+        for damping in DAMPINGS if due else ():
+            print(f"\nrefresh {time // EVERY}, damping {damping:g}: all layers, then {', '.join(seen.blocks)}")
+            for variant in list(variants)[1:]:
+                off = [squares[variant, damping, name][1] for name in seen.blocks]
+                size = [squares["eigh", damping, name][2] for name in seen.blocks]
+                each = " ".join(f"{(x / y) ** 0.5:.3f}" for x, y in zip(off, size, strict=True))
+                print(f"  {variant:9} {(sum(off) / sum(size)) ** 0.5:.3f}   {each}", flush=True)
+
+
+def cost(moments: Iterator[Moment], threads: int, rounds: int) -> None:
+    """Print the time of a refresh of all factors, and of those 1000 wide alone, and how many times cheaper it is."""
+    configure(threads)
+    before = next(moments).factors
+    after = [next(moments).factors for _ in range(EVERY)][-1]
+    pairs = [(after[name][k], eigh(old, old)) for name, found in before.items() for k, old in enumerate(found[:2])]
+    for title, some in (("all", pairs), ("1000 wide", [p for p in pairs if WIDE <= len(p[0]) <= WIDE + 1])):
+        steps = {
+            name: Step(lambda refresh=refresh, some=some: [refresh(a, u) for a, u in some])
+            for name, refresh in {"eigh": eigh, **WARM}.items()
+        }
+        race = Race(steps, torch.device("cpu"), block_seconds=0.0).warm().run(rounds)
+        print(f"\n{title}: {len(some)} factors, {threads} threads; ms, times cheaper than eigh [quartiles]")
+        for name in steps:
+            times = spread([1 / ratio for ratio in race.ratios({name: 1.0}, "eigh")])
+            print(f"  {name:9} {race.milliseconds(name):8.1f}   {times}", flush=True)
+
+
+def main() -> None:
+    """Train, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=("fixed", "curves"), default="curves")
+    parser.add_argument("--burn", type=int, default=100, help="K-FAC steps before the measurements")
+    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--refreshes", type=int, default=4, help="refreshes to follow; 0: only the cost")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    moments = stream(options.data, options.rate)
+    for _ in range(options.burn):
+        next(moments)
+    for threads in options.threads:
+        cost(moments, threads, options.rounds)
+    effect(moments, options.refreshes)
+
+
+if __name__ == "__main__":
+    main()
