@@ -86,8 +86,8 @@ def inside(state: PyTree) -> list[KFacState]:
 
 
 def describe(state: PyTree) -> str:
-    """A table of what the K-FAC state inside covers: every block with its kind, leaves, size and structure, and every
-    leaf without one.
+    """A table of what the K-FAC state inside covers: the curvature by name, every block with its kind, size and
+    leaves, and every leaf without one.
 
     >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
     kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected

@@ -42,7 +42,8 @@ def kronecker(
     max_dim   a factor with more rows is not dense: it keeps "blocks" of at most max_dim rows along its diagonal, or
               its "diagonal", as `oversize` says. A is never formed, so that heads of 50 000 rows are affordable
     centred   covariances in place of second moments: A − m mᵀ with the mean row m, likewise G for every output vector
-              (the 1 of the bias is not centred). Not with statistics that were reduced chunk by chunk
+              (the 1 of the bias is not centred). For sampled vectors, whose mean is zero: the mean of an `exact`
+              column is most of it. Not with statistics that were reduced chunk by chunk
 
     V [o, i + 1], row-major vec(V) pairs with G ⊗ A; grouped layers have a Kronecker product per group. An embedding
     has a diagonal A. Raises HyperparameterError for unknown values. Sources: Martens & Grosse 2015 (1503.05671), §6.3;
