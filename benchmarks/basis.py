@@ -2,7 +2,7 @@
 
     python -m benchmarks.basis --data curves --threads 1 2
 
-Cost: ratios to eigh inside interleaved rounds. Effect: ‖v − v_eigh‖ / ‖v_eigh‖ of the solved gradient, every variant
+Cost: ratios to eigh inside interleaved rounds. Effect: ‖v − v_eigh‖ / ‖v_eigh‖ of the solved gradient, each variant
 with averages of S in its own bases; "kept" never refreshes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,8 @@ class Moment(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def eigh(a: Tensor, old: Tensor) -> Tensor:
+def eigh(a: Tensor, _: Tensor) -> Tensor:
     """The basis made anew."""
-    del old
     return torch.linalg.eigh(a)[1]
 
 
@@ -59,7 +59,7 @@ def pictures(data: str) -> Iterator[Tensor]:
 
 
 def stream(data: str, rate: float) -> Iterator[Moment]:
-    """The statistics of W1, step by step, while K-FAC trains it."""
+    """What W1 shows at every step while K-FAC trains it."""
     workload, generator = WORKLOADS["W1"], torch.Generator().manual_seed(SEED)
     fn, params = kf.make_functional(workload.model())
     step = kf.value_grad_and_stats(fn, workload.loss)
@@ -132,7 +132,7 @@ def cost(moments: Iterator[Moment], threads: int, rounds: int) -> None:
 
 def main() -> None:
     """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--data", choices=("fixed", "curves"), default="curves")
     parser.add_argument("--burn", type=int, default=100, help="K-FAC steps before the measurements")
     parser.add_argument("--rate", type=float, default=0.3)
@@ -140,9 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    moments = stream(options.data, options.rate)
-    for _ in range(options.burn):
-        next(moments)
+    moments = islice(stream(options.data, options.rate), options.burn, None)
     for threads in options.threads:
         cost(moments, threads, options.rounds)
     effect(moments, options.refreshes)

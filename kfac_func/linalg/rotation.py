@@ -34,9 +34,8 @@ def refreshed_basis(
     share    the part of the columns, those of the largest eigenvalues, that is refreshed; the others only stay
              orthogonal to them. With all columns, and for a small matrix, the result is that of `torch.linalg.eigh`
 
-    A sweep costs about (5 share + 5 share²) / 2 of a product of two [d, d] matrices and the decomposition of one of
-    [k, k], k = share · d. Errors of orthogonality do not grow, except among the columns that are not refreshed: there
-    by the rounding errors of every call.
+    A sweep costs 3 share + 5 share² products of two [d, d] matrices and the decomposition of one of [k, k],
+    k = share · d. Errors of orthogonality stay at rounding level however often it is called.
     """
     d = a.shape[-1]
     k = ceil(share * d)

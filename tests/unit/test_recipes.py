@@ -111,9 +111,7 @@ def test_a_recipe_takes_a_leaf_alone_and_a_whole_tree():
     mixed, plain, diagonal = (
         kf.kfac(c) for c in (kf.curvature.by_path(rules), kf.curvature.kronecker(), kf.curvature.diagonal())
     )
-    (one, two, three) = (
-        tx.update(GRADS, tx.init(CASE.params), stats=BATCHES[0])[0] for tx in (mixed, plain, diagonal)
-    )
+    (one, two, three) = (tx.update(GRADS, tx.init(CASE.params), stats=BATCHES[0])[0] for tx in (mixed, plain, diagonal))
     assert all(torch.equal(one[path], (three if path.startswith("head") else two)[path]) for path in GRADS)
     assert not close(one["head.weight"], two["head.weight"], 1e-3)
 
