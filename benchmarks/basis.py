@@ -1,6 +1,7 @@
 """The warm refresh of EKFAC's bases against `torch.linalg.eigh`, on the factors of W1 while it trains: cost and effect.
 
     python -m benchmarks.basis --data curves --threads 1 2
+    python -m benchmarks.basis --burn 300 --then 0.03 --decay 0.99    # a slowly drifting stream
 
 Cost: ratios to eigh inside interleaved rounds. Effect: ‖v − v_eigh‖ / ‖v_eigh‖ of the solved gradient, each variant
 with averages of S in its own bases; "kept" never refreshes.
@@ -20,12 +21,12 @@ import kfac_func as kf
 from benchmarks.harness import Race, Step, configure, spread
 from benchmarks.workloads import SEED, WORKLOADS
 from kfac_func.blocks import pack
-from kfac_func.curvature.eigen import Bases, EigenState
+from kfac_func.curvature.eigen import Bases, EigenState, reexpressed
 from kfac_func.demo.data import curves
-from kfac_func.linalg.rotation import reexpressed, refreshed_basis
+from kfac_func.linalg.rotation import refreshed_basis
 from kfac_func.state import inside
 
-DECAY, EVERY, WIDE = 0.95, 10, 1000
+EVERY, WIDE = 10, 1000
 DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4)
 Refresh = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,12 +59,12 @@ def pictures(data: str) -> Iterator[Tensor]:
         yield images[torch.randperm(len(images), generator=generator)[: workload.examples]]
 
 
-def stream(data: str, rate: float) -> Iterator[Moment]:
-    """What W1 shows at every step while K-FAC trains it."""
+def stream(data: str, decay: float, rate: Callable[[Tensor], Tensor]) -> Iterator[Moment]:
+    """What W1 shows at every step while K-FAC trains it with the learning rate `rate(step)`."""
     workload, generator = WORKLOADS["W1"], torch.Generator().manual_seed(SEED)
     fn, params = kf.make_functional(workload.model())
     step = kf.value_grad_and_stats(fn, workload.loss)
-    tx = kf.chain(kf.kfac(decay=DECAY, refresh_every=EVERY), kf.clip_by_global_norm(10.0), kf.sgd(rate))
+    tx = kf.chain(kf.kfac(decay=decay, refresh_every=EVERY), kf.clip_by_global_norm(10.0), kf.sgd(rate))
     state = tx.init(params)
     for batch in pictures(data):
         _, grads, stats = step(params, (batch, batch), generator=generator)
@@ -78,17 +79,17 @@ def followed(state: Any, refresh: Refresh) -> EigenState:
     """The state with refreshed bases, its scalings re-expressed in them."""
     (a, g), old = state.factors[:2], state.bases
     new = Bases(refresh(a, old.a), refresh(g, old.g))
-    return EigenState(state.factors, new, reexpressed(state.scalings, old.g.mT @ new.g, old.a.mT @ new.a))
+    return EigenState(state.factors, new, reexpressed(state.scalings, old, new))
 
 
-def effect(moments: Iterator[Moment], refreshes: int) -> None:
+def effect(moments: Iterator[Moment], decay: float, refreshes: int) -> None:
     """Follow every variant along the stream and print, refresh by refresh, how far its solved gradient is off."""
     own = kf.curvature.eigen()
     variants: dict[str, Refresh] = {"eigh": eigh, "kept": lambda a, old: old, **WARM}
     states: dict[tuple[str, str], Any] = {}
     for time in range(1, EVERY * refreshes + 1):
         seen, due, squares = next(moments), time % EVERY == 0, {}
-        fraction = torch.tensor(max(1 - DECAY, 1 / time))
+        fraction = torch.tensor(max(1 - decay, 1 / time))
         for name, block in seen.blocks.items():
             for variant, refresh in variants.items():
                 state = states.get((variant, name), EigenState(seen.factors[name], (), ()))
@@ -135,15 +136,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", choices=("fixed", "curves"), default="curves")
     parser.add_argument("--burn", type=int, default=100, help="K-FAC steps before the measurements")
-    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--rate", type=float, default=0.3, help="learning rate")
+    parser.add_argument("--then", type=float, help="learning rate after the burn-in (default: the same)")
+    parser.add_argument("--decay", type=float, default=0.95, help="of the averages of A, G and S")
     parser.add_argument("--refreshes", type=int, default=4, help="refreshes to follow; 0: only the cost")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    moments = islice(stream(options.data, options.rate), options.burn, None)
+    then = options.rate if options.then is None else options.then
+
+    def rate(step: Tensor) -> Tensor:
+        return torch.where(step < options.burn, options.rate, then)
+
+    moments = islice(stream(options.data, options.decay, rate), options.burn, None)
     for threads in options.threads:
         cost(moments, threads, options.rounds)
-    effect(moments, options.refreshes)
+    effect(moments, options.decay, options.refreshes)
 
 
 if __name__ == "__main__":

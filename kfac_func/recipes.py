@@ -89,6 +89,7 @@ def ekfac(
     scale_every: int = 1,
     basis: Basis = "eigh",
     sweeps: int = 1,
+    share: float = 0.2,
     sua: bool = False,
     **settings: Unpack[Periods],
 ) -> GradientTransformation:
@@ -96,11 +97,11 @@ def ekfac(
 
     v = U_G [ (U_Gᵀ V U_A) ⊘ (S + λ) ] U_Aᵀ
 
-    scalings, basis, sweeps, sua    as in `kf.curvature.eigen`
-    scale_every                     k: scalings at every k-th update that has statistics (growing like
-                                    `refresh_every`; `update(..., scale=...)` decides otherwise). A and G are averaged
-                                    at every batch, the bases move every `refresh_every`
-    settings                        damping (always exact), decay, average, refresh_every of `kfac`
+    scalings, basis, sweeps, share, sua    as in `kf.curvature.eigen`
+    scale_every    k: scalings at every k-th update that has statistics (growing like `refresh_every`;
+                   `update(..., scale=...)` decides otherwise). A and G are averaged at every batch, the bases move
+                   every `refresh_every`
+    settings       damping (always exact), decay, average, refresh_every of `kfac`
 
     Raises HyperparameterError for values without meaning. Source: George et al. 2018 (1806.03884).
 
@@ -108,7 +109,8 @@ def ekfac(
         >>> tx.init({"w": torch.ones(2)})[0].rules.value.options.scale_every
         2
     """
-    return _link(structures.eigen(scalings, basis=basis, sweeps=sweeps, sua=sua), scale_every=scale_every, **settings)
+    structure = structures.eigen(scalings, basis=basis, sweeps=sweeps, share=share, sua=sua)
+    return _link(structure, scale_every=scale_every, **settings)
 
 
 def kpsvd(

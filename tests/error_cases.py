@@ -37,7 +37,7 @@ def learned(curvature: Any, estimator: Any = None, measure: Any = None, **settin
 
     def call() -> Any:
         estimator_ = kf.estimators.exact() if estimator is None else estimator
-        run = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=estimator_, measure=measure)
+        run: Callable[..., Any] = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=estimator_, measure=measure)
         _, _, stats = run(PARAMS, (torch.arange(12.0).reshape(4, 3), torch.zeros(4, 2)))
         return kf.observe(kf.kfac(curvature, **settings).init(PARAMS), stats)
 
@@ -49,7 +49,7 @@ def places(p: Any, x: Tensor) -> Tensor:
 
 
 def resized() -> None:
-    run = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact())
+    run: Callable[..., Any] = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact())
     state = kf.kfac(C.block_diagonal(window=2)).init(PARAMS)
     for n in (4, 3):
         state = kf.observe(state, run(PARAMS, (torch.ones(n, 3), torch.zeros(n, 2)))[2])
@@ -57,7 +57,7 @@ def resized() -> None:
 
 def shared() -> None:
     params = {"w": torch.ones(2, 3), "e": torch.ones(2, 4)}
-    run = kf.value_grad_and_stats(places, kf.losses.mse(), estimator=kf.estimators.monte_carlo())
+    run: Callable[..., Any] = kf.value_grad_and_stats(places, kf.losses.mse(), estimator=kf.estimators.monte_carlo())
     stats = run(params, (torch.ones(4, 3), torch.zeros(4, 2)), generator=torch.Generator().manual_seed(0))[2]
     kf.observe(kf.kfac(C.full()).init(params), stats)
 
@@ -70,6 +70,7 @@ CASES = {
     "max_dim": Case(lambda: C.eigen(max_dim=0), HYPER, "max_dim", "at least 1"),
     "scalings": Case(lambda: C.eigen(wrong("ra")), HYPER, "'ra'", "'mean_gradient'"),
     "sweeps": Case(lambda: C.eigen(basis="iteration", sweeps=0), HYPER, "sweeps", "at least 1"),
+    "share": Case(lambda: kf.ekfac(basis="iteration", share=0.0), HYPER, "share", "a number in (0, 1]"),
     "no rules": Case(lambda: C.by_path({}), HYPER, "by_path", "kronecker()"),
     "no rule for a block": Case(learned(C.by_path({"0.*": C.diagonal()})), HYPER, "'1.weight'", "add a last rule '**'"),
     "a rule without a block": Case(

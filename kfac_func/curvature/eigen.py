@@ -10,6 +10,8 @@ S* is the best diagonal in that basis, ‖F − F_EKFAC‖ ≤ ‖F − F_KFAC�
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -62,6 +64,7 @@ def eigen(
     *,
     basis: Basis = "eigh",
     sweeps: int = 1,
+    share: float = 0.2,
     sua: bool = False,
     max_dim: int | None = None,
     oversize: Oversize = "blocks",
@@ -74,9 +77,10 @@ def eigen(
                "mean_gradient": the moving average of N (U_Gᵀ V̄ U_A)², V̄ the mean of the batch's gradients for each
                output vector ("EKFAC-ra"): cheaper, noisier, right only for vectors of mean zero. It is no mean over
                examples: micro-batches average it with their own N
-    basis      how a refresh finds the new bases: "eigh", or "iteration": `sweeps` warm-started steps towards the
-               eigenbasis, matrix products only; any orthogonal basis gives a valid S, so an approximate one costs
-               little
+    basis      how a refresh finds the new bases: "eigh", or "iteration": `sweeps` warm-started steps for the part
+               `share` of the columns that has the largest eigenvalues, while the others only stay orthogonal to them.
+               Any orthogonal basis gives a valid S, but one that lags behind a fast stream is a worse one. Factors
+               below 64 rows are decomposed all the same
     sua, max_dim, oversize, centred    as in `kronecker`; they decide about A and G, hence about the bases
 
     At a refresh the old scalings are re-expressed in the new bases, S ← (R_G∘R_G)ᵀ S (R_A∘R_A) with R = U_oldᵀ U_new;
@@ -92,8 +96,9 @@ def eigen(
         >>> state.curvature.matrix["weight"].scalings.shape
         torch.Size([2, 4])
     """
-    _check(scalings, basis, sweeps)
+    _check(scalings, basis, sweeps, share)
     kept = pattern(sua=sua, sides="both", max_dim=max_dim, oversize=oversize, centred=centred)
+    follow = None if basis == "eigh" else partial(refreshed_basis, sweeps=sweeps, share=share)
 
     def measure(block: Block, frame: Any = ()) -> Any:
         if not isinstance(frame, Bases):
@@ -111,13 +116,13 @@ def eigen(
         a, g, _ = merged(state.factors)
         if state.bases == ():
             return state._replace(bases=Bases(eigenbasis(a)[1], eigenbasis(g)[1]))
-        bases = Bases(*(_moved(x, u, basis, sweeps) for x, u in zip((a, g), state.bases, strict=True)))
-        return EigenState(state.factors, bases, _reexpressed(state.scalings, state.bases, bases))
+        bases = Bases(*(_moved(x, u, follow) for x, u in zip((a, g), state.bases, strict=True)))
+        return EigenState(state.factors, bases, reexpressed(state.scalings, state.bases, bases))
 
     def scale(state: EigenState, look: Look, fraction: Tensor) -> EigenState:
         seen = look(state.bases)
-        share = (fraction > 0).to(fraction.dtype) if scalings == "intra_batch" else fraction
-        return state._replace(scalings=average(state.scalings, seen, share))
+        weight = (fraction > 0).to(fraction.dtype) if scalings == "intra_batch" else fraction
+        return state._replace(scalings=average(state.scalings, seen, weight))
 
     def factorize(state: EigenState, damping: Tensor, split: str) -> EigenFactored:
         del split
@@ -137,13 +142,15 @@ def eigen(
     )
 
 
-def _check(scalings: str, basis: str, sweeps: int) -> None:
+def _check(scalings: str, basis: str, sweeps: int, share: float) -> None:
     for name, value, choices in (("scalings", scalings, get_args(Scalings)), ("basis", basis, get_args(Basis))):
         if value not in choices:
             raise HyperparameterError(
                 explain(f"unknown {name}.", got=repr(value), wanted=" or ".join(map(repr, choices)))
             )
     at_least(1, sweeps=sweeps)
+    if not 0 < share <= 1:
+        raise HyperparameterError(explain("share is a part of the columns.", got=share, wanted="a number in (0, 1]"))
 
 
 def _dense(state: EigenState) -> Tensor:
@@ -151,14 +158,14 @@ def _dense(state: EigenState) -> Tensor:
     return (u * state.scalings.flatten()) @ u.mT
 
 
-def _moved(factor: Factor, old: Factor, basis: Basis, sweeps: int) -> Factor:
-    """The new basis of a factor, from scratch or from the old one."""
-    if basis == "eigh" or isinstance(factor, Diagonal):
+def _moved(factor: Factor, old: Factor, follow: Callable[[Tensor, Tensor], Tensor] | None) -> Factor:
+    """The new basis of a factor, from scratch or by following it from the old one."""
+    if follow is None or isinstance(factor, Diagonal):
         return eigenbasis(factor)[1]
-    return mapped(lambda block, u: refreshed_basis(block, u, sweeps) if block.shape[-1] else u, factor, old)
+    return mapped(lambda block, u: follow(block, u) if block.shape[-1] else u, factor, old)
 
 
-def _reexpressed(scalings: Tensor, old: Bases, new: Bases) -> Tensor:
+def reexpressed(scalings: Tensor, old: Bases, new: Bases) -> Tensor:
     """(R_G∘R_G)ᵀ S (R_A∘R_A): the diagonal, in the new bases, of what is diagonal in the old ones."""
     a, g = (_squared_rotation(x, y) for x, y in zip(old, new, strict=True))
     return times(transpose(g), scalings, a)

@@ -1,4 +1,4 @@
-r"""Eigenbases that follow a slowly moving symmetric matrix A, and diagonals carried from one basis to the next.
+r"""Eigenbases that follow a slowly moving symmetric matrix A.
 
 Only the leading k of the d columns, U = [U_r, U_k] with the leading ones last as `torch.linalg.eigh` has them, are made
 anew: by Rayleigh-Ritz inside their span and one power step out of it; the others are turned along by the orthogonal
@@ -65,14 +65,3 @@ def _ritz(a: Tensor, leading: Tensor) -> tuple[Tensor, Tensor]:
     step = product @ (turn / torch.maximum(values - shift, noise).unsqueeze(-2))
     step = step - old @ (old.mT @ step)
     return old, step * step.square().sum(-2, keepdim=True).clamp(min=1).rsqrt()
-
-
-def reexpressed(
-    scalings: Float[Tensor, "*q o i"], g_rotation: Float[Tensor, "*q o o"], a_rotation: Float[Tensor, "*q i i"]
-) -> Tensor:
-    """The diagonal S [..., o, i] of the old basis as it looks in a new one: (R_G∘R_G)ᵀ S (R_A∘R_A).
-
-    R = U_oldᵀ U_new has the new basis vectors as columns, in old coordinates; the result is the diagonal, in the new
-    basis, of the matrix that is diag(S) in the old one. It keeps the sum of S, and S ≥ 0.
-    """
-    return (g_rotation * g_rotation).mT @ scalings @ (a_rotation * a_rotation)

@@ -13,7 +13,7 @@ import kfac_func as kf
 from kfac_func.blocks import Block, densify, merged
 from kfac_func.curvature import Structure
 from tests import oracles
-from tests.zoo import CASES, Case, measured, subset
+from tests.zoo import CASES, Case, measured, subset, vectors
 
 DAMPING = 0.03
 BLOCKS = {
@@ -95,8 +95,8 @@ def summed(r: Tensor, s: Tensor, damping: float, split: str) -> Tensor:
 
 def corrected(state: Any, damping: float, split: str) -> Tensor:
     a, g, t = merged(state.kronecker)
-    first = (t * densify(a), densify(g))
-    return summed(*(torch.stack([x, y[0]]) for x, y in zip(first, state.correction, strict=True)), damping, split)
+    r, s = (torch.stack([x, y[0]]) for x, y in zip((t * densify(a), densify(g)), state.correction, strict=True))
+    return summed(r, s, damping, split)
 
 
 def exact(state: Any, damping: float, split: str) -> Tensor:
@@ -176,13 +176,13 @@ def shape_of(block: Block) -> torch.Size:
 
 def _dead(block: Block) -> Block:
     """No gradient reaches any output."""
-    return block._replace(uses=tuple(use._replace(grads=0 * use.grads) for use in block.uses))
+    return block._replace(uses=tuple(use._replace(grads=0 * vectors(use)) for use in block.uses))
 
 
 def _one_dead(block: Block) -> Block:
     """No gradient reaches the first output, and the second feature is never active."""
     (use,) = block.uses
-    grads, inputs = use.grads.clone(), use.inputs.clone()
+    grads, inputs = vectors(use).clone(), use.inputs.clone()
     grads[..., 0], inputs[..., 1] = 0, 0
     return block._replace(uses=(use._replace(grads=grads, inputs=inputs),))
 
@@ -190,14 +190,14 @@ def _one_dead(block: Block) -> Block:
 def _unequal(block: Block) -> Block:
     """Gradients 1e-4 and activations 1e4 times as large."""
     return block._replace(
-        uses=tuple(use._replace(grads=1e-4 * use.grads, inputs=1e4 * use.inputs) for use in block.uses)
+        uses=tuple(use._replace(grads=1e-4 * vectors(use), inputs=1e4 * use.inputs) for use in block.uses)
     )
 
 
 def _opposed(block: Block) -> Block:
     """Two kinds of examples that excite opposite corners: far from any Kronecker product."""
     (use,) = block.uses
-    grads, inputs = use.grads.clone(), use.inputs.clone()
+    grads, inputs = vectors(use).clone(), use.inputs.clone()
     grads[:, ::2, 0], grads[:, 1::2, 1], inputs[::2, 0], inputs[1::2, 1] = 30, 30, 0.01, 40
     return block._replace(uses=(use._replace(grads=grads, inputs=inputs),))
 

@@ -14,7 +14,7 @@ import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
 from kfac_func.blocks import Block
 from tests.contracts.structures import ADVERSARIAL, BLOCKS, DAMPING, ROWS, Row, block_of, fits, shape_of
-from tests.zoo import CASES, absorbed, close, measured, outer, randn, subset
+from tests.zoo import CASES, absorbed, close, measured, outer, randn, subset, vectors
 
 LAMBDA = torch.tensor(DAMPING, dtype=torch.float64)
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -42,7 +42,7 @@ def learned(row: Row, block: Block) -> Callable[[list[Tensor], Tensor], Tensor]:
 def test_vmap_is_a_loop(row, block):
     b = block_of(block)
     run, vs = learned(row, b), torch.stack([randn(*shape_of(b), seed=k) for k in range(3)])
-    grads = [torch.stack([c * use.grads for c in (1.0, 2.5, 0.3)]) for use in b.uses]
+    grads = [torch.stack([c * vectors(use) for c in (1.0, 2.5, 0.3)]) for use in b.uses]
     found = torch.func.vmap(run)(grads, vs)
     loop = torch.stack([run([g[k] for g in grads], v) for k, v in enumerate(vs)])
     assert close(found, loop, 1e-9)
@@ -54,7 +54,7 @@ def test_vmap_is_a_loop(row, block):
 def test_compiles_in_one_graph(row):
     b = block_of("conv" if row.structure.matrix else "norm")
     run, v = learned(row._replace(structure=row.short or row.structure), b), randn(*shape_of(b))
-    grads = [use.grads for use in b.uses]
+    grads = [vectors(use) for use in b.uses]
     torch._dynamo.reset()
     found = torch.compile(run, fullgraph=True, backend="aot_eager")(grads, v)
     assert close(found, run(grads, v), 1e-9)
@@ -95,7 +95,7 @@ def test_exact_blocks_are_means_over_examples(name):
     n = len(case.targets)
     parts = [measured(subset(case, k, k + 1)) for k in range(n)]
     for block, whole in measured(case).items():
-        found = sum(structure.dense(absorbed(structure, part[block])) for part in parts)
+        found = torch.stack([structure.dense(absorbed(structure, part[block])) for part in parts]).sum(0)
         wanted = structure.dense(absorbed(structure, whole))
         assert close(found / n, wanted)
         assert not close(found, wanted, 1e-3)
@@ -125,7 +125,7 @@ def test_fraction_zero_changes_nothing(row, block):
 def test_nothing_is_written_and_the_same_twice(row, block):
     s, b = row.structure, block_of(block)
     state = absorbed(s, b)
-    given = [x for use in b.uses for x in (use.inputs, use.grads)] + leaves(state)
+    given = [x for use in b.uses for x in (use.inputs, vectors(use))] + leaves(state)
     before, versions = [x.clone() for x in given], [x._version for x in given]
     after, again = (absorbed(s, b, state, 0.3) for _ in range(2))
     v = randn(*shape_of(b))
@@ -169,7 +169,7 @@ def test_adversarial_layers(row, layer):
 def test_units_of_activations_and_gradients_cancel(row):
     """g → 1e-4 g and a → 1e4 a leave F, and so F̂, as it is: no absolute tolerance anywhere."""
     b = block_of("no bias")
-    uses = tuple(use._replace(inputs=1e4 * use.inputs, grads=1e-4 * use.grads) for use in b.uses)
+    uses = tuple(use._replace(inputs=1e4 * use.inputs, grads=1e-4 * vectors(use)) for use in b.uses)
     one, two = (row.structure.dense(absorbed(row.structure, x)) for x in (b, b._replace(uses=uses)))
     assert close(one, two, 1e-8)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import kfac_func as kf
-from kfac_func.blocks import densify, mapped, per_example
+from kfac_func.blocks import Block, densify, mapped, per_example
 from tests import oracles
 from tests.zoo import CASES, absorbed, close, kronecker_block, measured, outer, randn
+from tests.zoo.cases import labels, weights
 
 EIGEN = kf.curvature.eigen()
 BLOCKS = [(name, block) for name, case in CASES.items() for block, s in case.blocks.items() if s.form != "vector"]
@@ -53,18 +54,43 @@ def test_the_wrong_orientation_of_the_bases_is_worse_than_kfac(name, block):
     assert (outer(b) - wrong).norm() > (outer(b) - kronecker_block(b)).norm()
 
 
+def wide(seed: int) -> Block:
+    """The block of a layer whose A is too wide for a warm refresh to decompose it anew."""
+    mlp, decaying = CASES["mlp"], torch.arange(1, 81) ** -0.7
+    params = weights({"first.w": (80, 6), "first.b": (6,), "second.w": (6, 3), "second.b": (3,)})
+    inputs = decaying * randn(200, 80, seed=seed)
+    return measured(mlp._replace(params=params, inputs=inputs, targets=labels(3, 200)))["first.w"]
+
+
 @pytest.mark.parametrize("scalings", ["per_example", "intra_batch"])
 @pytest.mark.parametrize("kind", ["eigh", "iteration"])
 def test_frozen_data_keep_the_exact_scalings_through_refreshes(kind, scalings):
     """S → S* of the basis at hand, not the Kronecker eigenvalues, however often the basis is refreshed."""
     e = kf.curvature.eigen(scalings, basis=kind)
-    b = measured(CASES["conv"])["first.weight"]
-    state = absorbed(e, b)
-    for _ in range(40):
+    state, b = absorbed(e, wide(21)), wide(9)
+    for _ in range(80):
         state = absorbed(e, b, state, 0.3)
-        u = basis(state)
+    u = basis(state)
     assert close(state.scalings.flatten(), (u.T @ outer(b) @ u).diagonal(), 1e-6)
-    assert close(e.dense(state), EIGEN.dense(absorbed(EIGEN, b)), 1e-6)
+    if kind == "eigh":
+        assert close(e.dense(state), EIGEN.dense(absorbed(EIGEN, b)), 1e-6)
+
+
+def test_sweeps_and_share_bring_the_basis_of_a_wide_layer_nearer_to_the_eigenbasis():
+    """A factor too wide to be decomposed anew follows the stream; S is the exact diagonal in whatever basis that is."""
+    one, two = wide(9), wide(21)
+    off = []
+    for sweeps, share in ((1, 0.2), (4, 0.2), (1, 0.5), (1, 1.0)):
+        e = kf.curvature.eigen("intra_batch", basis="iteration", sweeps=sweeps, share=share)
+        state = absorbed(e, two, absorbed(e, one), 0.5)
+        u = basis(state)
+        assert close(u.T @ u, torch.eye(len(u), dtype=u.dtype))
+        assert close(state.scalings.flatten(), (u.T @ outer(two) @ u).diagonal())
+        seen = densify(state.bases.a).mT @ densify(state.factors.a) @ densify(state.bases.a)
+        off.append((seen - torch.diag(seen.diagonal())).norm() / seen.norm())
+    once, swept, half, whole = off
+    assert max(swept, half) < once
+    assert whole < 1e-12 < half
 
 
 def test_old_scalings_are_reexpressed_when_the_basis_moves():
@@ -82,13 +108,12 @@ def test_old_scalings_are_reexpressed_when_the_basis_moves():
 def test_averages_are_linear_in_a_fixed_basis():
     """Running average of per-example squares, in the basis of the last refresh; intra-batch is the last batch alone."""
     one, two = (measured(CASES["mlp"]._replace(inputs=randn(8, 4, seed=s)))["first.w"] for s in (9, 21))
-    for scalings, wanted in (("per_example", (0.75, 0.25)), ("intra_batch", (0.0, 1.0))):
-        e = kf.curvature.eigen(scalings)
+    for e, wanted in ((EIGEN, (0.75, 0.25)), (kf.curvature.eigen("intra_batch"), (0.0, 1.0))):
         first = absorbed(e, one)
         state = absorbed(e, two, first, 0.25, refresh=False)
-        parts = [e.measure(b, first.bases) for b in (one, two)]
-        assert close(state.scalings, wanted[0] * parts[0] + wanted[1] * parts[1])
-        assert not close(*parts, 1e-2)
+        old, new = (e.measure(b, first.bases) for b in (one, two))
+        assert close(state.scalings, wanted[0] * old + wanted[1] * new)
+        assert not close(old, new, 1e-2)
 
 
 def test_mean_gradient_scalings():

@@ -14,5 +14,6 @@ from tests.zoo.run import kronecker_block as kronecker_block
 from tests.zoo.run import measured as measured
 from tests.zoo.run import outer as outer
 from tests.zoo.run import run as run
+from tests.zoo.run import vectors as vectors
 from tests.zoo.shared import position_case as position_case
 from tests.zoo.shared import unclaimed_case as unclaimed_case

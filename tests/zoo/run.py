@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kfac_func as kf
-from kfac_func.blocks import Block, per_example
+from kfac_func.blocks import Block, Use, per_example
 from tests import oracles
 from tests.zoo.cases import CASES, Case
 
@@ -34,6 +34,12 @@ def run(
 def measured(case: Case, estimator: kf.estimators.Estimator = EXACT, **options: Any) -> dict[str, Block]:
     """The blocks of the batch of a case."""
     return run(case, estimator, **options)[2].blocks()
+
+
+def vectors(use: Use) -> Tensor:
+    """The gradients of the output vectors of a use that has some."""
+    assert use.grads is not None
+    return use.grads
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kfac_func as kf
 from kfac_func.blocks import Diagonal, balanced, mean_eigenvalue, merged
@@ -77,16 +78,16 @@ def test_a_tie_adds_its_parts_in_one_unit():
     a, g, t = merged(state)
     parts = [state, state.turned]
     assert close(t, torch.tensor(4.0, dtype=torch.float64))
-    a_sum, g_sum = torch.zeros(()), torch.zeros(())
+    sums = []
     for part in parts:
         one, two = (_full(f) for f in (part.a, part.g))
         c = float(((two.trace() / len(two)) / (one.trace() / len(one))) ** 0.5)
-        a_sum, g_sum = a_sum + 0.5 * c * one, g_sum + 0.5 / c * two
-    assert close(_full(a), a_sum)
-    assert close(_full(g), g_sum)
+        sums.append((0.5 * c * one, 0.5 / c * two))
+    for found, halves in zip((a, g), zip(*sums, strict=True), strict=True):
+        assert close(_full(found), torch.stack(halves).sum(0))
 
 
-def _full(factor):
+def _full(factor: Any) -> Tensor:
     return torch.diag_embed(factor.values) if isinstance(factor, Diagonal) else factor
 
 

@@ -1,4 +1,4 @@
-"""Eigenbases refreshed along a moving matrix, and diagonals carried between bases."""
+"""Eigenbases refreshed along a moving matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_func.linalg.rotation import reexpressed, refreshed_basis
+from kfac_func.linalg.rotation import refreshed_basis
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 SIZE, LEADING = 80, 16  # `share` is a fifth
@@ -148,19 +148,6 @@ def test_its_derivative_is_that_of_its_differences(generator: torch.Generator) -
     at, step = torch.tensor(0.1).double(), 1e-6
     slope = (seen(at + step) - seen(at - step)) / (2 * step)
     torch.testing.assert_close(torch.func.grad(seen)(at), slope, rtol=1e-5, atol=0)
-
-
-def test_reexpressed_is_the_diagonal_of_the_rotated_matrix(generator: torch.Generator) -> None:
-    s = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
-    old_g, new_g, old_a, new_a = (
-        torch.linalg.qr(torch.randn(2, d, d, generator=generator, dtype=torch.float64))[0] for d in (3, 3, 4, 4)
-    )
-    new = reexpressed(s, old_g.mT @ new_g, old_a.mT @ new_a)
-    for n in range(2):
-        old_basis, new_basis = torch.kron(old_g[n], old_a[n]), torch.kron(new_g[n], new_a[n])
-        matrix = (old_basis * s[n].flatten()) @ old_basis.mT
-        torch.testing.assert_close(new[n].flatten(), (new_basis.mT @ matrix @ new_basis).diagonal())
-    torch.testing.assert_close(new.sum((-2, -1)), s.sum((-2, -1)))
 
 
 @pytest.mark.compile
