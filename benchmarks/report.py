@@ -114,26 +114,37 @@ def append(text: str, title: str, notes: Path = NOTES) -> None:
     notes.write_text(notes.read_text().rstrip("\n") + f"\n\n### {title}\n\n{text}\n")
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0])
+def parser_for(name: str, text: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every table has in common."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(text or "").split("\n\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
-    parser.add_argument("--phases", action="store_true", help=f"also {', '.join(PHASES)}")
-    parser.add_argument("--peers", action="store_true", help="also the other optimisers that are installed")
-    parser.add_argument("--compiled", action="store_true", help="also the compiled functional step")
-    parser.add_argument("--memory", action="store_true", help="also peak memory over the plain step")
     parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hardware", help='the machine in plain words, for the notes: "2-core CPU"')
     parser.add_argument("--append", action="store_true", help="add the tables to NOTES.md (needs --hardware)")
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line says."""
     options = parser.parse_args(arguments)
     if options.append and (options.quick or not options.hardware):
         parser.error("--append needs --hardware, and a run that is not --quick")
     options.rounds = 2 if options.quick else options.rounds
     return options
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = parser_for("report", __doc__, 15)
+    parser.add_argument("--phases", action="store_true", help=f"also {', '.join(PHASES)}")
+    parser.add_argument("--peers", action="store_true", help="also the other optimisers that are installed")
+    parser.add_argument("--compiled", action="store_true", help="also the compiled functional step")
+    parser.add_argument("--memory", action="store_true", help="also peak memory over the plain step")
+    return checked(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

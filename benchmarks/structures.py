@@ -33,7 +33,7 @@ from torch import Tensor
 
 import kfac_func as kf
 from benchmarks.harness import SCHEDULES, Race, Spread, configure, settings, spread
-from benchmarks.report import append, table
+from benchmarks.report import append, checked, parser_for, table
 from benchmarks.steps import ESTIMATORS, KINDS, RATE, Step, Task, make_task
 from benchmarks.workloads import SEED, WORKLOADS, Workload
 from kfac_func.damping import Split
@@ -247,21 +247,11 @@ def rendered(workload: Workload, found: dict[str, dict[str, Cell]]) -> str:
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.structures", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser = parser_for("structures", __doc__, 7)
     parser.add_argument("--only", nargs="+", default=[""], help="structures whose names begin so")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=90.0, help="seconds for the first round of a race")
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
-    parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--hardware", help='the machine in plain words, for the notes: "2-core CPU"')
-    parser.add_argument("--append", action="store_true", help="add the tables to NOTES.md (needs --hardware)")
-    options = parser.parse_args(arguments)
-    if options.append and (options.quick or not options.hardware):
-        parser.error("--append needs --hardware, and a run that is not --quick")
-    options.rounds, options.block = (2, 0.0) if options.quick else (options.rounds, 0.1)
+    options = checked(parser, arguments)
+    options.block = 0.0 if options.quick else 0.1
     return options
 
 
