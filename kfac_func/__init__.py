@@ -21,6 +21,7 @@ from kfac_func.recipes import inverse_free as inverse_free
 from kfac_func.recipes import kfac as kfac
 from kfac_func.recipes import kpsvd as kpsvd
 from kfac_func.recipes import lanczos as lanczos
+from kfac_func.recipes import two_level_kfac as two_level_kfac
 from kfac_func.state import KFacState as KFacState
 from kfac_func.state import describe as describe
 from kfac_func.transforms import GradientTransformation as GradientTransformation

@@ -15,6 +15,7 @@ from kfac_func import curvature as structures
 from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure
+from kfac_func.curvature.coarse import CoarseSpace, Form, Resample, Space
 from kfac_func.curvature.eigen import Basis, Scalings
 from kfac_func.curvature.inverse_free import Structured
 from kfac_func.damping import Split
@@ -208,6 +209,26 @@ def exact_natural_gradient(
     """
     settings.setdefault("refresh_every", 1)
     return _link(_exact(block_diagonal, rule, window), **settings)
+
+
+def two_level_kfac(
+    coarse: CoarseSpace | Space = "nicolaides",
+    *,
+    form: Form = "residual",
+    weights: tuple[float, float] = (1.0, 1.0),
+    krylov: bool = False,
+    resample: Resample = "nearest",
+    curvature: Structure | Curvature | None = None,
+    **settings: Unpack[Settings],
+) -> GradientTransformation:
+    """K-FAC with a coarse level over its blocks, `kf.curvature.two_level` of `curvature` (default `kronecker()`), with
+    the settings of `kfac`.
+
+    >>> tx = kf.chain(kf.two_level_kfac("residual", damping=1e-2), kf.sgd(0.1))
+    """
+    inner = structures.kronecker() if curvature is None else curvature
+    chosen = structures.two_level(inner, coarse, form=form, weights=weights, krylov=krylov, resample=resample)
+    return _link(chosen, **settings)
 
 
 def _exact(blocks: bool, rule: Rule, window: int) -> Curvature:

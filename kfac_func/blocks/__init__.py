@@ -10,6 +10,9 @@ from kfac_func.blocks.base import Offsets as Offsets
 from kfac_func.blocks.base import Use as Use
 from kfac_func.blocks.base import UseRule as UseRule
 from kfac_func.blocks.base import Where as Where
+from kfac_func.blocks.crossed import CrossFactors as CrossFactors
+from kfac_func.blocks.crossed import crossed as crossed
+from kfac_func.blocks.crossed import map_sizes as map_sizes
 from kfac_func.blocks.factors import add as add
 from kfac_func.blocks.factors import balanced as balanced
 from kfac_func.blocks.factors import densify as densify
@@ -34,6 +37,7 @@ from kfac_func.blocks.pairs import Pairs as Pairs
 from kfac_func.blocks.pairs import chunks as chunks
 from kfac_func.blocks.pairs import matrices as matrices
 from kfac_func.blocks.pairs import pairs as pairs
+from kfac_func.blocks.pairs import pairs_by_example as pairs_by_example
 from kfac_func.blocks.patterns import Oversize as Oversize
 from kfac_func.blocks.patterns import Pattern as Pattern
 from kfac_func.blocks.patterns import Side as Side

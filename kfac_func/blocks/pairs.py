@@ -50,6 +50,27 @@ def pairs(block: Block) -> Pairs:
     return Pairs(left * block.examples**-0.5, right)
 
 
+def pairs_by_example(blocks: dict[str, Block], user: str) -> dict[str, Pairs]:
+    """The rows of all blocks, alike in V and B, so that a column of M is one example of the whole net.
+
+    Raises StateError, in the name of `user`, for a block without rows of its own for every example.
+    """
+    found = {name: pairs(block) for name, block in blocks.items()}
+    for name, rows in found.items():
+        if rows.left.shape[1] != blocks[name].examples:
+            raise StateError(
+                explain(
+                    f"block {name!r} has no rows of its own for every example, so {user} cannot combine it.",
+                    why="all examples share a use of it, or no layer kind can see it",
+                    got=f"rows of {rows.left.shape[1]} example(s)",
+                    wanted=f"rows of {blocks[name].examples} examples",
+                    options="a blockwise curvature; give the shared use the batch dimension (expand its input); "
+                    f"or unclaimed={{{name!r}: 'identity'}}",
+                )
+            )
+    return found
+
+
 def _sides(block: Block, use: Use) -> tuple[Tensor, ...]:
     a = with_constant(input_rows(use, block.sharing), block.layout.bias is not None).unsqueeze(0)
     g = output_rows(use, block.sharing)

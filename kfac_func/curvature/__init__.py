@@ -18,3 +18,4 @@ from kfac_func.curvature.inverse_free import inverse_free as inverse_free
 from kfac_func.curvature.kpsvd import kpsvd as kpsvd
 from kfac_func.curvature.kronecker import kronecker as kronecker
 from kfac_func.curvature.lanczos import lanczos as lanczos
+from kfac_func.curvature.two_level import two_level as two_level

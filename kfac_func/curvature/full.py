@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_func._errors import StateError, at_least, explain
-from kfac_func.blocks import Block, Pairs, pairs
+from kfac_func._errors import at_least
+from kfac_func.blocks import Block, Pairs, pairs_by_example
 from kfac_func.curvature.base import Curvature, Look
 from kfac_func.linalg.gram import (
     ROWS,
@@ -54,6 +54,9 @@ def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:
     known_rule(rule)
     at_least(1, window=window)
 
+    def prepare(blocks: dict[str, Block]) -> dict[str, Pairs]:
+        return pairs_by_example(blocks, "full()")
+
     def measure(prepared: dict[str, Any], frame: Any = ()) -> Any:
         rows = prepare(prepared) if isinstance(next(iter(prepared.values())), Block) else prepared
         return rows if frame == ROWS else {name: sizes(part) for name, part in rows.items()}
@@ -84,21 +87,3 @@ def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:
         solve=solve_woodbury,
         dense=dense,
     )
-
-
-def prepare(blocks: dict[str, Block]) -> dict[str, Pairs]:
-    """The rows of every block, which must have one column of M for every output vector and example."""
-    found = {name: pairs(block) for name, block in blocks.items()}
-    for name, rows in found.items():
-        if rows.left.shape[1] != blocks[name].examples:
-            raise StateError(
-                explain(
-                    f"block {name!r} has no rows of its own for every example, so full() cannot combine it.",
-                    why="all examples share a use of it, or no layer kind can see it",
-                    got=f"rows of {rows.left.shape[1]} example(s)",
-                    wanted=f"rows of {blocks[name].examples} examples",
-                    options="block_diagonal() for matrix and vector blocks; give the shared use the batch dimension "
-                    f"(expand its input); or unclaimed={{{name!r}: 'identity'}}",
-                )
-            )
-    return found
