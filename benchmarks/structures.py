@@ -80,13 +80,25 @@ STRUCTURES: dict[str, Callable[[], C.Structure | C.Curvature]] = {
 SPLITS: dict[str, Split] = {name: "exact" for name in STRUCTURES if name.endswith("exact damping")}
 """Where the damping is not split by π."""
 
+TWO_LEVEL: dict[str, Callable[[], C.Structure | C.Curvature]] = {
+    "two_level": lambda: C.two_level(C.kronecker()),
+    "two_level, additive": lambda: C.two_level(C.kronecker(), form="additive"),
+    "two_level, tselepidis": lambda: C.two_level(C.kronecker(), "tselepidis", form="additive"),
+    "two_level, krylov": lambda: C.two_level(C.kronecker(), krylov=True),
+    "two_level, spectral": lambda: C.two_level(C.kronecker(), "spectral"),
+    "two_level, residual": lambda: C.two_level(C.kronecker(), "residual"),
+}
+"""A coarse level over kronecker()."""
+
 RARELY_SCALED = "eigen, scaled at refresh"
-TIMED = STRUCTURES | {RARELY_SCALED: C.eigen}
+TIMED = STRUCTURES | TWO_LEVEL | {RARELY_SCALED: C.eigen}
 """What is timed: EKFAC also with scalings that are measured at refreshes only."""
 
-AIMS = {("W2", name, "a"): 20.0 for name in ("kpsvd", "deflation", "corrected", "lanczos")} | {
-    (workload, "eigen", schedule): 1.3 for workload in WORKLOADS for schedule in "bcd"
-}
+AIMS = (
+    {("W2", name, "a"): 20.0 for name in ("kpsvd", "deflation", "corrected", "lanczos")}
+    | {(workload, "eigen", schedule): 1.3 for workload in WORKLOADS for schedule in "bcd"}
+    | {(workload, name, schedule): 2.0 for workload in WORKLOADS for name in TWO_LEVEL for schedule in "abcd"}
+)
 """By workload, structure and column: the aim behind the slash. It decides nothing."""
 
 

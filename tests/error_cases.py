@@ -65,6 +65,21 @@ def shared() -> None:
 MOMENTS = C.blockwise(C.eigen()).measure
 
 CASES = {
+    "coarse": Case(lambda: C.two_level(C.kronecker(), wrong("nicolas")), HYPER, "'nicolas'", "a function"),
+    "form": Case(lambda: kf.two_level_kfac(form=wrong("sum")), HYPER, "form", "'residual' or 'additive'"),
+    "resample": Case(lambda: kf.two_level_kfac(resample=wrong("cubic")), HYPER, "resample", "'nearest' or 'area'"),
+    "weights": Case(lambda: kf.two_level_kfac(weights=wrong((1.0,))), HYPER, "weights", "two finite numbers"),
+    "krylov": Case(lambda: kf.two_level_kfac("spectral", krylov=True), HYPER, "'spectral'", "leave out krylov"),
+    "cross factors": Case(lambda: kf.two_level_kfac("tselepidis"), HYPER, "'tselepidis'", "'additive'"),
+    "vectors that do not fit": Case(
+        learned(C.two_level(C.kronecker(), lambda ones: {"1.weight": torch.ones(3)})), STATE, "'1.weight'", "one vector"
+    ),
+    "a space without factors": Case(
+        learned(C.two_level(C.identity(), "spectral")), STATE, ".weight'", "another coarse space"
+    ),
+    "a spectral space over all": Case(
+        learned(C.two_level(C.full(), "spectral")), HYPER, "every block", "blockwise()"
+    ),
     "solver": Case(lambda: C.kronecker(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
     "sides": Case(lambda: C.kronecker(sides=wrong("left")), HYPER, "sides", "'both' or 'input' or 'output'"),
     "max_dim": Case(lambda: C.eigen(max_dim=0), HYPER, "max_dim", "at least 1"),
@@ -86,7 +101,7 @@ CASES = {
     "exact damping of roots": Case(learned(C.inverse_free(), split="exact"), HYPER, "inverse_free()", "adaptive=True"),
     "rule": Case(lambda: C.block_diagonal(rule=wrong("lm")), HYPER, "'lm'", "'standard' or 'heuristic'"),
     "window of two sizes": Case(resized, STATE, "one window", "window=1 may change it"),
-    "full with a shared use": Case(shared, STATE, "'e'", "block_diagonal()"),
+    "full with a shared use": Case(shared, STATE, "'e'", "blockwise curvature"),
     "centred chunks": Case(
         learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
         HYPER, "centred", "leave `measure=`",

@@ -34,7 +34,11 @@ HOMES = {
     "tqdm": "demo.run",
 }
 SIBLINGS = {"curvature", "layers", "losses"}
-SIBLING_IMPORTS = {("curvature.two_level", "curvature.coarse"), ("curvature.blockwise", "curvature.diagonal")}
+SIBLING_IMPORTS = {
+    ("curvature.two_level", "curvature.coarse"),
+    ("curvature.two_level", "curvature.blockwise"),  # what wraps a curvature lifts a structure first
+    ("curvature.blockwise", "curvature.diagonal"),  # the lift falls back on it
+}
 CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing", "_tracing"}
 FILE_LINES, FUNCTION_LINES = 300, 60
 

@@ -35,8 +35,10 @@ def restricted(zs: Vectors, vs: Vectors) -> Tensor:
     """R₀ v [K]; blocks that are not given are zero."""
     return torch.cat(
         [
-            z.flatten(1) @ vs[name].to(z.dtype).flatten() if name in vs else z.new_zeros(len(z))
-            for name, z in sorted(zs.items())
+            zs[name].flatten(1) @ vs[name].to(zs[name].dtype).flatten()
+            if name in vs
+            else zs[name].new_zeros(len(zs[name]))
+            for name in sorted(zs)
         ]
     )
 
@@ -93,15 +95,21 @@ def inverse(matrix: Tensor) -> Tensor:
     """
     d = matrix.diagonal()
     s = torch.where(d > 0, d, torch.inf).rsqrt()
-    unit = matrix * s * s.unsqueeze(-1) + torch.diag((d <= 0).to(d.dtype))
+    scales = s * s.unsqueeze(-1)
+    unit = matrix * scales + torch.diag((d <= 0).to(d.dtype))
     noise = 10 * len(d) * torch.finfo(d.dtype).eps
-    lower, info = torch.linalg.cholesky_ex(unit)
+    lower, info = torch.linalg.cholesky_ex(unit.detach())
     good = (info == 0) & (lower.diagonal().square().amin() > noise)
     if readable(good) and good:
-        found = torch.cholesky_inverse(lower)
-    else:
-        values, basis = torch.linalg.eigh(torch.nan_to_num(unit))
-        kept = values > noise * values[-1:]
-        pseudo = (basis * torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)) @ basis.mT
-        found = torch.where(good, torch.cholesky_inverse(torch.where(good, lower, torch.eye(len(d)).to(lower))), pseudo)
-    return torch.where(matrix.isfinite().all(), found * s * s.unsqueeze(-1), torch.nan)
+        found = torch.cholesky_inverse(torch.linalg.cholesky_ex(unit)[0])
+    else:  # each way gets a matrix that it can differentiate where the other one is taken
+        plain = torch.diag(torch.arange(1, len(d) + 1, dtype=d.dtype, device=d.device))
+        found = torch.cholesky_inverse(torch.linalg.cholesky_ex(torch.where(good, unit, plain))[0])
+        found = torch.where(good, found, _pseudo_inverse(torch.where(good, plain, torch.nan_to_num(unit)), noise))
+    return torch.where(matrix.isfinite().all(), (found + found.mT) / 2 * scales, torch.nan)
+
+
+def _pseudo_inverse(matrix: Tensor, noise: float) -> Tensor:
+    values, basis = torch.linalg.eigh(matrix)
+    kept = values > noise * values[-1:]
+    return (basis * torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)) @ basis.mT

@@ -70,6 +70,20 @@ RECIPES: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
             "dtype": {"dtype": torch.bfloat16},
         },
     ),
+    "two_level": (
+        kf.two_level_kfac,
+        SETTINGS
+        | {
+            "coarse": {"coarse": "residual"},
+            "form": {"form": "additive"},
+            "weights": {"weights": (0.5, 2.0)},
+            "krylov": {"krylov": True},
+        },
+    ),
+    "two_level of cross factors": (
+        lambda **options: kf.two_level_kfac("tselepidis", form="additive", **options),
+        {"decay": {"decay": 0.5}, "resample": {"resample": "area"}},
+    ),
     "exact full": (
         kf.exact_natural_gradient,
         {"damping": PERIODS["damping"], "refresh_every": {"refresh_every": 4}}
@@ -114,6 +128,15 @@ def test_a_recipe_takes_a_leaf_alone_and_a_whole_tree():
     (one, two, three) = (tx.update(GRADS, tx.init(CASE.params), stats=BATCHES[0])[0] for tx in (mixed, plain, diagonal))
     assert all(torch.equal(one[path], (three if path.startswith("head") else two)[path]) for path in GRADS)
     assert not close(one["head.weight"], two["head.weight"], 1e-3)
+
+
+def test_two_level_kfac_takes_any_inner_curvature():
+    plain = updates_of(kf.two_level_kfac)
+    for inner in (kf.curvature.eigen(), kf.curvature.by_path({"**": kf.curvature.kpsvd()})):
+        found = updates_of(lambda inner=inner: kf.two_level_kfac(curvature=inner))
+        wanted = updates_of(lambda inner=inner: kf.kfac(kf.curvature.two_level(inner)))
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        assert not all(close(x, y, 1e-7) for x, y in zip(found, plain, strict=True))
 
 
 def test_the_first_matching_rule_decides():
