@@ -101,7 +101,7 @@ CASES = {
     "exact damping of roots": Case(learned(C.inverse_free(), split="exact"), HYPER, "inverse_free()", "adaptive=True"),
     "rule": Case(lambda: C.block_diagonal(rule=wrong("lm")), HYPER, "'lm'", "'standard' or 'heuristic'"),
     "window of two sizes": Case(resized, STATE, "one window", "window=1 may change it"),
-    "full with a shared use": Case(shared, STATE, "'e'", "blockwise curvature"),
+    "full with a shared use": Case(shared, STATE, "'e'", "block_diagonal()"),
     "centred chunks": Case(
         learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
         HYPER, "centred", "leave `measure=`",
