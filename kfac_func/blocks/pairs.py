@@ -64,8 +64,8 @@ def pairs_by_example(blocks: dict[str, Block], user: str) -> dict[str, Pairs]:
                     why="all examples share a use of it, or no layer kind can see it",
                     got=f"rows of {rows.left.shape[1]} example(s)",
                     wanted=f"rows of {blocks[name].examples} examples",
-                    options="block_diagonal() or another blockwise curvature; give the shared use the batch dimension (expand its "
-                    f"input); or unclaimed={{{name!r}: 'identity'}}",
+                    options="block_diagonal() or another blockwise curvature; give the shared use the batch dimension "
+                    f"(expand its input); or unclaimed={{{name!r}: 'identity'}}",
                 )
             )
     return found
