@@ -1,7 +1,7 @@
 r"""Two-level curvature: what a blockwise inverse M⁻¹ misses between blocks, put right in a small coarse space.
 
-    residual    v = ω₁ ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = M⁻¹ g,    F_λ = F + λI
-    additive    v = ω₁ ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ g                  F_c = R₀ F_λ R₀ᵀ
+    residual    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = ω₁ M⁻¹ g,    F_λ = F + λI
+    additive    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ g                  F_c = R₀ F_λ R₀ᵀ
 
 Sources: Tselepidis et al. 2020 (2011.00573), additive; Koroko et al. 2023 (2303.18083), residual.
 """
@@ -103,8 +103,8 @@ def two_level(
 ) -> Curvature:
     r"""A second, coarse level over the blocks of `inner`.
 
-        residual    v = ω₁ ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = M⁻¹ g,    F_λ = F + λI
-        additive    v = ω₁ ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ g                  F_c = R₀ F_λ R₀ᵀ
+        residual    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = ω₁ M⁻¹ g,    F_λ = F + λI
+        additive    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ g                  F_c = R₀ F_λ R₀ᵀ
 
     inner      M: a block-diagonal curvature; a structure is lifted by `blockwise`
     coarse     the rows z of R₀, one per block, each scaled to largest entry 1:
@@ -116,9 +116,10 @@ def two_level(
                                over S_lm matched positions; only "additive"
                a function      ones -> vectors: gets an array like V for every block, filled with 1; returns one
                                vector of that shape, or several with a dimension in front, for any of the blocks
-    form       "residual" corrects what ζ leaves over: it never raises ‖v − F_λ⁻¹g‖ in the norm of F_λ, and
-               R₀(g − F_λ v) = 0 for weights (1, 1). "additive" adds the coarse solution of g itself
-    weights    (ω₁, ω₂); (1, 0) is the inner curvature bit for bit
+    form       "residual" corrects what ζ leaves over: it never raises ‖ζ − F_λ⁻¹g‖ in the norm of F_λ, and
+               R₀(g − F_λ v) = 0 where ω₂ = 1. "additive" adds the coarse solution of g itself
+    weights    (ω₁, ω₂); (1, 0) is the inner curvature bit for bit. In a deep net the M⁻¹g of all blocks together may
+               overshoot, which one rate cannot mend for both parts: ω₁ < 1 can
     krylov     {z, M⁻¹z} in place of z; for "nicolaides" and "residual"
     resample   "tselepidis", maps of different size: "nearest" spreads the smaller one, "area" averages the larger
 
@@ -179,9 +180,8 @@ def two_level(
     def dense(state: TwoLevelState) -> Vectors:
         return tree.dense(state.inner)
 
-    name = (
-        f"two_level({tree.name}, {coarse if isinstance(coarse, str) else coarse.__name__}{', krylov' * krylov}, {form})"
-    )
+    space = coarse if isinstance(coarse, str) else getattr(coarse, "__name__", "function")
+    name = f"two_level({tree.name}, {space}{', krylov' * krylov}, {form})"
     return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, tree.scales)
 
 
@@ -222,9 +222,9 @@ def _galerkin(level: Level, tree: Curvature, factored: TwoLevelFactored) -> TwoL
 
 def _solved(level: Level, tree: Curvature, factored: TwoLevelFactored, vs: Vectors) -> Vectors:
     one, two = level.weights
-    zeta = tree.solve(factored.inner, vs)
+    zeta = {name: one * z for name, z in tree.solve(factored.inner, vs).items()}
     if two == 0:
-        return zeta if one == 1 else {name: one * z for name, z in zeta.items()}
+        return zeta
     g = {name: v.to(zeta[name].dtype) for name, v in vs.items()}
     if level.space == "residual":
         w = hits(factored.rows, zeta)
@@ -239,7 +239,7 @@ def _solved(level: Level, tree: Curvature, factored: TwoLevelFactored, vs: Vecto
     else:
         wanted = restricted(factored.vectors, g)
     correction = prolonged(factored.vectors, factored.inverse @ wanted)
-    return {name: one * z + two * correction[name] if name in correction else one * z for name, z in zeta.items()}
+    return {name: z + two * correction[name] if name in correction else z for name, z in zeta.items()}
 
 
 def _image(factored: TwoLevelFactored, zeta: Vectors) -> Tensor:

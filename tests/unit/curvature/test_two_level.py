@@ -12,7 +12,8 @@ from torch import Tensor
 import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
 from kfac_func.linalg.galerkin import inverse
-from tests.theorems.test_two_level import SPACES
+from tests.theorems.test_natural_gradient import DAMPING as NATURAL
+from tests.theorems.test_two_level import SPACES, Dense
 from tests.zoo import CASES, Case, close, measured, randn, run, subset
 
 C = kf.curvature
@@ -125,17 +126,26 @@ def test_without_weight_it_is_the_inner_method_bit_for_bit(inner):
     assert not all(close(x, y, 1e-4) for x, y in zip(plain, level, strict=True))
 
 
-def test_weights_scale_the_two_parts():
-    case = CASES["mlp"]
-    _, grads, stats = run(case)
+def test_weights():
+    """ω₁ scales what the residual form corrects, so that Galerkin holds for every ω₁; the additive form is a sum."""
+    dense = Dense("mean_square")
+    _, grads, stats = run(dense.case)
 
-    def direction(one: float, two: float) -> Tensor:
-        tx = kf.kfac(C.two_level(C.kronecker(), weights=(one, two)), damping=DAMPING)
-        return torch.cat([x.flatten() for x in leaves(tx.update(grads, tx.init(case.params), stats=stats)[0])])
+    def direction(form: Any, *weights: float) -> Tensor:
+        one, two = weights
+        tx = kf.kfac(C.two_level(C.kronecker(), form=form, weights=(one, two)), damping=NATURAL)
+        return dense.vector(tx.update(grads, tx.init(dense.case.params), stats=stats)[0])
 
-    one, two = direction(1.0, 0.0), direction(0.0, 1.0)
-    assert close(direction(0.7, 0.4), 0.7 * one + 0.4 * two)
-    assert close(direction(2.0, 0.0), 2 * one)
+    one, two = direction("additive", 1.0, 0.0), direction("additive", 0.0, 1.0)
+    assert close(direction("additive", 0.7, 0.4), 0.7 * one + 0.4 * two)
+    assert close(direction("residual", 2.0, 0.0), 2 * one)
+    r0 = dense.space()
+    for weight in (0.0, 0.3, 2.0):
+        v = direction("residual", weight, 1.0)
+        assert (r0 @ (dense.g - dense.f_damped @ v)).norm() <= 1e-9 * (r0 @ dense.g).norm()
+        assert dense.energy(v) <= dense.energy(weight * one)
+    half = direction("residual", 0.3, 0.5)
+    assert close(half, 0.15 * one + 0.5 * direction("residual", 0.3, 1.0))
 
 
 def test_a_function_may_span_some_blocks_only():
