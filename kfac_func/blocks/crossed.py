@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +29,31 @@ def crossed(rows: dict[str, Pairs], sizes: dict[str, tuple[int, ...]], resample:
     Maps of different size: the smaller one is spread over the larger ("nearest"), or the larger one averaged to the
     smaller ("area"); either way as many pairs of positions count as the larger has.
     """
-    names = sorted(rows)
-    sums = {name: tuple(side.sum(-1).flatten(2) for side in rows[name]) for name in names}
-    count = {name: float(g.shape[2]) for name, (g, _) in sums.items()}
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(rows):
+        alike = sizes[name], rows[name].left.shape[:-1], rows[name].right.shape[:-1]
+        groups.setdefault(alike, []).append(name)
+    parts = [
+        (size, [torch.stack([rows[name][side].sum(-1).flatten(2) for name in some]) for side in (1, 0)])
+        for (size, *_), some in groups.items()
+    ]
+    cells = [[_cell(one, two, size, other, resample) for other, two in parts] for size, one in parts]
+    names = [name for some in groups.values() for name in some]
+    order = [names.index(name) for name in sorted(names)]
+    whole = (torch.cat([torch.cat([cell[k] for cell in row], 1) for row in cells]) for k in range(3))
+    return CrossFactors(*(x[order][:, order] for x in whole))
 
-    def mean(side: int, one: str, two: str) -> Tensor:
-        x, y = matched(sums[one][side], sums[two][side], sizes[one], sizes[two], resample)
-        return (x * y).sum((0, 1)).mean()  # of every output vector: 1/√N is in g
 
-    like = next(iter(sums.values()))[0]
-    examples = {name: float(a.shape[:2].numel()) for name, (_, a) in sums.items()}
-    a = [mean(1, one, two) / max(examples[one], examples[two]) for one in names for two in names]
-    g = [mean(0, one, two) for one in names for two in names]
-    positions = like.new_tensor([max(count[one], count[two]) for one in names for two in names])
-    return CrossFactors(*(x.reshape(len(names), -1) for x in (torch.stack(a), torch.stack(g), positions)))
+def _cell(
+    one: list[Tensor], two: list[Tensor], size: tuple[int, ...], other: tuple[int, ...], resample: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, G and the number of positions between two groups of blocks, whose sums are alike: [K, V or 1, B, S]."""
+    (a, a_), (g, g_) = (matched(x, y, size, other, resample) for x, y in zip(one, two, strict=True))
+    width, count = max(a.shape[1], a_.shape[1]), a.shape[2] * a.shape[3]
+    a, a_ = (x.expand(-1, width, -1, -1).flatten(1) for x in (a, a_))
+    positions = float(max(one[0].shape[3], two[0].shape[3]))
+    found_a, found_g = a @ a_.mT / (width * count), g.flatten(1) @ g_.flatten(1).mT / g.shape[3]
+    return found_a, found_g, torch.full_like(found_a, positions)
 
 
 def map_sizes(rows: dict[str, Pairs], blocks: dict[str, Block]) -> dict[str, tuple[int, ...]]:
@@ -62,17 +73,16 @@ def _map_size(positions: int, block: Block) -> tuple[int, ...]:
 def matched(
     x: Tensor, y: Tensor, size: tuple[int, ...], other: tuple[int, ...], resample: str
 ) -> tuple[Tensor, Tensor]:
-    """x [V, B, S] and y [V, B, S'] on maps of one size."""
+    """x [..., S] and y [..., S'] on maps of one size."""
     if size == other:
         return x, y
     if len(size) != len(other):
-        size, other = (x.shape[2],), (y.shape[2],)
+        size, other = (x.shape[-1],), (y.shape[-1],)
     choose = max if resample == "nearest" else min
     target = tuple(choose(pair) for pair in zip(size, other, strict=True))
-    x, y = (
-        F.interpolate(part.unflatten(2, own).flatten(0, 1).unsqueeze(1), target, mode=resample)
-        .flatten(1)
-        .unflatten(0, part.shape[:2])
-        for part, own in ((x, size), (y, other))
-    )
-    return x, y
+
+    def resized(part: Tensor, own: tuple[int, ...]) -> Tensor:
+        maps = part.reshape(-1, 1, *own)
+        return F.interpolate(maps, target, mode=resample).reshape(*part.shape[:-1], -1)
+
+    return resized(x, size), resized(y, other)

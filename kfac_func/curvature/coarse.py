@@ -156,5 +156,5 @@ def enriched(zs: Vectors, solve: Callable[[Vectors], Vectors]) -> Vectors:
     """{z, M⁻¹z} for every vector, M the inner curvature."""
     count = max(len(z) for z in zs.values())
     solved = [solve({name: z[k] for name, z in zs.items() if k < len(z)}) for k in range(count)]
-    more = {name: torch.stack([vs[name] for vs in solved[: len(z)]]) for name, z in zs.items()}
-    return {name: torch.cat([z.to(more[name].dtype), normalised(more)[name]]) for name, z in zs.items()}
+    more = normalised({name: torch.stack([vs[name] for vs in solved[: len(z)]]) for name, z in zs.items()})
+    return {name: torch.cat([z.to(more[name].dtype), more[name]]) for name, z in zs.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from kfac_func._tracing import readable
 from kfac_func._tree import storable
 from kfac_func.blocks import CrossFactors, Pairs
-from kfac_func.linalg.gram import combined, onto
+from kfac_func.linalg.gram import combinations, onto
 
 Vectors: TypeAlias = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ def measured(rows: dict[str, Pairs], zs: Vectors, products: bool) -> Coarse:
     matrix = torch.einsum("kvb,lvb->kl", u, u)
     if not products:
         return Coarse(matrix)
-    return Coarse(matrix, {name: torch.stack([combined(part, y) for y in u]) for name, part in rows.items()})
+    return Coarse(matrix, {name: combinations(part, u) for name, part in rows.items()})
 
 
 def weighed(products: Vectors, vs: Vectors) -> Tensor:

@@ -161,6 +161,19 @@ def combined(rows: Pairs, y: Tensor) -> Tensor:
     return torch.einsum("vbs...o,vbs...i->...oi", left, rows.right)
 
 
+def combinations(rows: Pairs, ys: Tensor) -> Tensor:
+    """M y for several y [K, V, B], as [K, (q), o, i]: from rows, or from the matrices V_m where many positions share
+    one; memory stays bounded.
+    """
+    if rows.left.shape[2] == 1:
+        size = max(1, BUDGET // rows.left.numel())
+        return torch.func.vmap(combined, (None, 0), chunk_size=size)(rows, ys)
+    shape, parts = (*rows.left.shape[3:], rows.right.shape[-1]), list(chunks(rows))
+    pieces = ys.split([part.left.shape[1] for part in parts], dim=2)
+    found = [piece.flatten(1) @ columns(part) for piece, part in zip(pieces, parts, strict=True)]
+    return torch.stack(found).sum(0).reshape(-1, *shape)
+
+
 def gram(rows: Pairs) -> Tensor:
     """MᵀM [K, K], from products of rows or from the matrices V_m, whichever costs less; memory stays bounded."""
     vectors, shared, (b, s) = rows.left.shape[0], rows.right.shape[0], rows.left.shape[1:3]
