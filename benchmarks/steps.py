@@ -114,7 +114,7 @@ def phases(task: Task) -> dict[str, Step]:
         "monte_carlo": Step(lambda: steps["monte_carlo"](params, batch, generator=generator)),
         "empirical": Step(lambda: steps["empirical"](params, batch, generator=generator)),
         "measure": Step(lambda: curvature.measure(held)),
-        "factorize": Step(lambda: curvature.factorize(state.curvature, damping, "pi")),
+        "factorize": Step(lambda: curvature.factorize(state.curvature, dict.fromkeys(held, damping), "pi")),
         "precondition": Step(lambda: kf.precondition(state, grads)),
     }
 

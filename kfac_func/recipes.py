@@ -1,19 +1,16 @@
 """Recipes: the settings of the house put together, for reading and copying.
 
 Every recipe is `kfac` with a curvature. They share its settings, which are keyword arguments of the same names and
-defaults unless said otherwise: `damping`, `decay`, `average`, `refresh_every`, and `split` where the damping can be
-factored.
+defaults unless said otherwise, `split` only where the damping can be factored.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack
+from typing import Unpack
 
 import torch
 
 from kfac_func import curvature as structures
-from kfac_func._errors import HyperparameterError, at_least, explain
-from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure
 from kfac_func.curvature.coarse import CoarseSpace, Form, Resample, Space
 from kfac_func.curvature.eigen import Basis, Scalings
@@ -21,56 +18,64 @@ from kfac_func.curvature.inverse_free import Structured
 from kfac_func.damping import Split
 from kfac_func.linalg import Solver
 from kfac_func.linalg.gram import Rule
-from kfac_func.precondition import preconditioner
-from kfac_func.state import Average, Options
+from kfac_func.precondition.settings import Periods, Settings, link
+from kfac_func.precondition.transform import Damping
+from kfac_func.state import Average
 from kfac_func.transforms import GradientTransformation
-
-
-class Periods(TypedDict, total=False):
-    """The settings of `kfac` that every recipe takes."""
-
-    damping: ScalarOrSchedule
-    decay: float
-    average: Average
-    refresh_every: int
-
-
-class Settings(Periods, total=False):
-    """Those of recipes whose damping can be factored."""
-
-    split: Split
+from kfac_func.transforms.masks import Mask
 
 
 def kfac(
     curvature: Structure | Curvature | None = None,
     *,
-    damping: ScalarOrSchedule = 1e-3,
+    damping: Damping = 1e-3,
     split: Split = "pi",
     decay: float = 0.95,
     refresh_every: int = 10,
     average: Average = "debiased",
+    burn_in: int = 0,
+    scale_every: int = 1,
+    growing: bool = True,
+    stagger: bool = False,
+    l2: float = 0.0,
+    l2_mask: Mask | None = None,
 ) -> GradientTransformation:
     r"""Precondition gradients by the damped inverse of a curvature approximation: v = (F̂ + λ)⁻¹ g.
 
     The update returns a direction, not yet scaled by a learning rate: `chain(kfac(), sgd(0.1, momentum=0.9))`.
-    Statistics are passed as `stats=` (None on steps that skip them); before the first ones the gradients pass
-    unchanged.
+    Statistics are passed as `stats=`: those of a batch, a sequence of those of its micro-batches (which count as one
+    batch: means over all their examples), or None on steps that skip them; how often is the first period, T_cov.
+    Before the first ones the gradients pass unchanged.
 
     curvature      a structure for matrix blocks (scale-and-shift and unclaimed blocks get `diagonal()`), or a whole
                    Curvature; default `kronecker()`
     damping        λ ≥ 0 in units of the curvature of the loss: a number, a 0-dim tensor (gradients flow through it)
-                   or a schedule of the update count
+                   or a schedule of the update count; or these by path, {"head.*": 1e-2, "**": 1e-3}, where the first
+                   pattern (as in `fnmatch`) that matches the path of a block's weight decides. It acts at refreshes
     split          "pi": factored damping with π; "none": factored with π = 1; "exact": Tikhonov in the eigenbasis.
                    Structures whose damping is of one kind only say so
     decay          β in [0, 1), the weight of the OLD average
-    average        "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": the old weight is min(1 − 1/k, β) at the k-th
-                   statistics
-    refresh_every  k: refresh and factorise at the first statistics and then every k updates. Young averages change
-                   fast, so the interval grows: 1 during the first k updates, 2 during the next k, …
-                   `update(..., refresh=...)` decides otherwise
+    average        X at the k-th statistics x. "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": X ← βₖX + (1 − βₖ)x
+                   with βₖ = min(1 − 1/k, β); "constant": X ← βX + (1 − β)x from X = x at the first, which keeps the
+                   weight β^(k−1) for long
+    burn_in        b: the first b batches only feed the averages; gradients pass unchanged until more have been absorbed
+    refresh_every  k, T_inv: refresh and factorise at the first statistics and then every k updates (t mod k = 0, with
+                   or without statistics). `update(..., refresh=...)` decides otherwise
+    scale_every    k, T_scal, for curvatures with scalings (`eigen`): scalings every k updates, or with the next
+                   statistics where an update that is due has none. `update(..., scale=...)` decides otherwise
+    growing        young averages change fast, so both intervals grow: 1 during the first k updates, 2 during the next
+                   k, … up to k. False: k from the start
+    stagger        False: a refresh does all blocks. True: every update refreshes only the blocks whose turn it is, so
+                   that no update pays for all; in k updates all have been done once. The first statistics and
+                   refresh=True do all. For curvatures made by `blockwise` and `by_path`
+    l2             γ ≥ 0 of an objective L + γ/2 ‖θ‖²: its curvature γI joins the damping, λ_l + γ. The gradient is NOT
+                   touched: that of the objective must hold γθ already, or `add_decayed_weights(γ)` goes before `kfac`
+    l2_mask        whose weights that term covers: patterns, a tree of bools, or a function of the parameters (None:
+                   all). A block is covered when its weight is; its bias comes along
 
     State: `KFacState`, a NamedTuple of tensors. Under vmap and torch.compile pass `refresh=` explicitly, or use
-    refresh_every=1. Raises HyperparameterError for values without meaning. Source: Martens & Grosse 2015 (1503.05671).
+    refresh_every=1. Raises HyperparameterError for values without meaning, and when statistics come for a block that no
+    pattern matches and a pattern that matches no block. Source: Martens & Grosse 2015 (1503.05671).
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> step = kf.value_grad_and_stats(fn, kf.losses.mse())
@@ -81,13 +86,25 @@ def kfac(
         >>> params = kf.apply_updates(params, updates)
     """
     chosen = structures.kronecker() if curvature is None else curvature
-    return _link(chosen, damping=damping, split=split, decay=decay, refresh_every=refresh_every, average=average)
+    return link(
+        chosen,
+        damping=damping,
+        split=split,
+        decay=decay,
+        refresh_every=refresh_every,
+        average=average,
+        burn_in=burn_in,
+        scale_every=scale_every,
+        growing=growing,
+        stagger=stagger,
+        l2=l2,
+        l2_mask=l2_mask,
+    )
 
 
 def ekfac(
     scalings: Scalings = "per_example",
     *,
-    scale_every: int = 1,
     basis: Basis = "eigh",
     sweeps: int = 1,
     share: float = 0.2,
@@ -99,10 +116,8 @@ def ekfac(
     v = U_G [ (U_Gᵀ V U_A) ⊘ (S + λ) ] U_Aᵀ
 
     scalings, basis, sweeps, share, sua    as in `kf.curvature.eigen`
-    scale_every    k: scalings at every k-th update that has statistics (growing like `refresh_every`;
-                   `update(..., scale=...)` decides otherwise). A and G are averaged at every batch, the bases move
-                   every `refresh_every`
-    settings       damping (always exact), decay, average, refresh_every of `kfac`
+    settings       those of `kfac` without split: the damping is always exact. A and G are averaged at every batch, the
+                   bases move every `refresh_every`, the scalings every `scale_every`
 
     Raises HyperparameterError for values without meaning. Source: George et al. 2018 (1806.03884).
 
@@ -111,7 +126,7 @@ def ekfac(
         2
     """
     structure = structures.eigen(scalings, basis=basis, sweeps=sweeps, share=share, sua=sua)
-    return _link(structure, scale_every=scale_every, **settings)
+    return link(structure, **settings)
 
 
 def kpsvd(
@@ -126,7 +141,7 @@ def kpsvd(
 
     >>> tx = kf.chain(kf.kpsvd(damping=1e-2, split="exact"), kf.sgd(0.1))
     """
-    return _link(structures.kpsvd(solver, iterations=iterations, tolerance=tolerance, radius=radius), **settings)
+    return link(structures.kpsvd(solver, iterations=iterations, tolerance=tolerance, radius=radius), **settings)
 
 
 def deflation(
@@ -142,7 +157,7 @@ def deflation(
 
     >>> tx = kf.chain(kf.deflation(damping=1e-2), kf.sgd(0.1))
     """
-    return _link(structures.deflation(rank, iterations=iterations, tolerance=tolerance, radius=radius), **settings)
+    return link(structures.deflation(rank, iterations=iterations, tolerance=tolerance, radius=radius), **settings)
 
 
 def corrected(
@@ -153,7 +168,7 @@ def corrected(
 
     >>> tx = kf.chain(kf.corrected(damping=1e-2), kf.sgd(0.1))
     """
-    return _link(structures.corrected(iterations=iterations, tolerance=tolerance, radius=radius), **settings)
+    return link(structures.corrected(iterations=iterations, tolerance=tolerance, radius=radius), **settings)
 
 
 def lanczos(
@@ -164,7 +179,7 @@ def lanczos(
 
     >>> tx = kf.chain(kf.lanczos(damping=1e-2), kf.sgd(0.1))
     """
-    return _link(structures.lanczos(rank, steps=steps, radius=radius), **settings)
+    return link(structures.lanczos(rank, steps=steps, radius=radius), **settings)
 
 
 def inverse_free(
@@ -195,7 +210,7 @@ def inverse_free(
         dtype=dtype,
     )
     settings.setdefault("refresh_every", 1)
-    return _link(chosen, **settings)
+    return link(chosen, **settings)
 
 
 def exact_natural_gradient(
@@ -208,7 +223,7 @@ def exact_natural_gradient(
     >>> tx = kf.chain(kf.exact_natural_gradient(damping=1e-2), kf.sgd(1.0))
     """
     settings.setdefault("refresh_every", 1)
-    return _link(_exact(block_diagonal, rule, window), **settings)
+    return link(_exact(block_diagonal, rule, window), **settings)
 
 
 def two_level_kfac(
@@ -228,7 +243,7 @@ def two_level_kfac(
     """
     inner = structures.kronecker() if curvature is None else curvature
     chosen = structures.two_level(inner, coarse, form=form, weights=weights, krylov=krylov, resample=resample)
-    return _link(chosen, **settings)
+    return link(chosen, **settings)
 
 
 def _exact(blocks: bool, rule: Rule, window: int) -> Curvature:
@@ -236,27 +251,3 @@ def _exact(blocks: bool, rule: Rule, window: int) -> Curvature:
         return structures.full(rule=rule, window=window)
     own = structures.block_diagonal(rule=rule, window=window)
     return structures.blockwise(own, own)
-
-
-def _link(
-    curvature: Structure | Curvature,
-    *,
-    damping: ScalarOrSchedule = 1e-3,
-    split: Literal["pi", "none", "exact"] = "pi",
-    decay: float = 0.95,
-    refresh_every: int = 10,
-    average: Average = "debiased",
-    scale_every: int = 1,
-) -> GradientTransformation:
-    """Check the settings and make the link of the chain."""
-    if isinstance(damping, (int, float)) and not 0 <= damping < float("inf"):
-        raise HyperparameterError(explain("damping must be finite and not negative.", got=damping))
-    if split not in ("pi", "none", "exact"):
-        raise HyperparameterError(explain("unknown split.", got=repr(split), wanted="'pi', 'none' or 'exact'"))
-    if average not in ("debiased", "warmup"):
-        raise HyperparameterError(explain("unknown average.", got=repr(average), wanted="'debiased' or 'warmup'"))
-    if not 0 <= decay < 1:
-        raise HyperparameterError(explain("decay must be in [0, 1): it is the weight of the old average.", got=decay))
-    at_least(1, refresh_every=refresh_every, scale_every=scale_every)
-    tree = structures.blockwise(curvature) if isinstance(curvature, Structure) else curvature
-    return preconditioner(tree, damping, Options(split, decay, average, refresh_every, scale_every))

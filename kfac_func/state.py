@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -13,22 +14,27 @@ from kfac_func._typing import PyTree
 from kfac_func.blocks import Layout
 from kfac_func.damping import Split
 
-Average = Literal["debiased", "warmup"]
+Average = Literal["debiased", "warmup", "constant"]
 
 
 class Options(NamedTuple):
-    """The settings of a preconditioner."""
+    """The settings of a preconditioner, as `kfac` explains them; `patterns` are those of a damping by path."""
 
     split: Split
     decay: float
     average: Average
     refresh_every: int
     scale_every: int = 1
+    growing: bool = True
+    stagger: bool = False
+    burn_in: int = 0
+    l2: float = 0.0
+    patterns: tuple[str, ...] = ()
 
 
 class Rules(NamedTuple):
     """What is static about a state: the curvature, the options, and (after the first statistics) the blocks and all
-    leaf paths.
+    leaf paths. `decayed`: the leaves that the l2 term covers. `patterns`: that of a damping by path for every block.
     """
 
     curvature: Any  # a Curvature, None after loading from a file
@@ -36,6 +42,8 @@ class Rules(NamedTuple):
     layouts: tuple[Layout, ...] = ()
     paths: tuple[str, ...] = ()
     unclaimed: tuple[tuple[str, str], ...] = ()
+    decayed: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple:
         """Functions do not go into files: after loading, the first `update` puts the curvature back."""
@@ -48,9 +56,9 @@ class KFacState(NamedTuple):
     step       updates so far, 0-dim int64 on the CPU (it decides about refreshes without asking a device)
     observed   batches whose statistics were absorbed        rejected   batches that were not finite and left out
     failed     factorisations that were not finite and did not replace the one before
-    scaled     batches whose scalings were absorbed (EKFAC)
+    scaled     batches whose scalings were absorbed (EKFAC)  scaled_at  the update of the last of them, on the CPU
     weight     W of the zero-debiased averages               scale_weight   that of the scalings
-    damping    λ, float64
+    damping    λ, float64; or by pattern
     curvature  the averages, () before the first statistics
     factored   what solving needs, () before the first statistics
     """
@@ -60,9 +68,10 @@ class KFacState(NamedTuple):
     rejected: Tensor
     failed: Tensor
     scaled: Tensor
+    scaled_at: Tensor
     weight: Tensor
     scale_weight: Tensor
-    damping: Tensor
+    damping: Tensor | dict[str, Tensor]
     curvature: Any
     factored: Any
     rules: Static[Rules]
@@ -85,6 +94,20 @@ def inside(state: PyTree) -> list[KFacState]:
     return found
 
 
+def map_damping(state: PyTree, fn: Callable[[Tensor], Tensor]) -> PyTree:
+    """λ ← fn(λ) in the K-FAC states inside a state, for every pattern of a damping by path; all else stays as it is.
+
+    The damping acts at the next refresh. A schedule or a tensor overwrites it at the next update; numbers do not. The
+    l2 coefficient is no part of it. Raises StateError when there is no K-FAC state inside.
+
+        >>> state = map_damping(kf.kfac(damping=0.1).init({"w": torch.ones(2)}), lambda damping: 2 * damping)
+        >>> state.damping
+        tensor(0.2000, dtype=torch.float64)
+    """
+    inside(state)
+    return _tree.map_nodes(lambda one: one._replace(damping=_tree.tree_map(fn, one.damping)), state, KFacState)
+
+
 def describe(state: PyTree) -> str:
     """A table of what the K-FAC state inside covers: the curvature by name, every block with its kind, size and
     leaves, and every leaf without one.
@@ -97,7 +120,7 @@ def describe(state: PyTree) -> str:
     rules = inner.rules.value
     name = "no curvature attached" if rules.curvature is None else rules.curvature.name
     lines = [
-        f"kfac: {name}, damping {float(inner.damping):g}, split {rules.options.split}, "
+        f"kfac: {name}, damping {_damping(inner)}, split {rules.options.split}, "
         f"{int(inner.observed)} batches observed, {int(inner.rejected)} rejected"
     ]
     if not rules.layouts:
@@ -114,3 +137,13 @@ def describe(state: PyTree) -> str:
     return "\n".join(
         lines + ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     )
+
+
+def _damping(state: KFacState) -> str:
+    options, values = state.rules.value.options, state.damping
+    text = (
+        f"{float(values):g}"
+        if isinstance(values, Tensor)
+        else ", ".join(f"{float(values[pattern]):g} for {pattern}" for pattern in options.patterns)
+    )
+    return text + (f" + l2 {options.l2:g}" if options.l2 else "")

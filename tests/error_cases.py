@@ -91,6 +91,10 @@ CASES = {
     "a rule without a block": Case(
         learned(C.by_path({"head.*": C.diagonal(), "**": C.kronecker()})), HYPER, "'head.*'", "mend the pattern"
     ),
+    "no damping for a block": Case(learned(C.kronecker(), damping={"0.*": 0.1}), HYPER, "'1.weight'", "rule '**'"),
+    "a damping without a block": Case(
+        learned(C.kronecker(), damping={"head.*": 0.1, "**": 0.2}), HYPER, "'head.*' of damping", "mend the pattern"
+    ),
     "kpsvd solver": Case(lambda: C.kpsvd(wrong("lu")), HYPER, "'lu'", "'cholesky' or 'eigh'"),
     "terms": Case(lambda: C.deflation(0), HYPER, "rank", "at least 1"),
     "exact damping of a sum": Case(

@@ -61,7 +61,7 @@ class Structure(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """The same functions for all blocks together, as dictionaries by block name.
+    """The same functions for all blocks together, as dictionaries by block name; `damping` is one of them, λ_l.
 
     prepare(blocks) -> prepared
     measure(prepared, frame) -> moments          `frame` () at first, then what the curvature's own `absorb` asks for
@@ -74,18 +74,22 @@ class Curvature(NamedTuple):
     solve(factored, vs) -> vs                    for blocks by name, any of them
     dense(state) -> one dense matrix per block
     scales                                       whether `scale` does anything
+    costs(state) -> numbers by block name        what a factorisation of each block costs, up to a factor. A curvature
+                                                 that has it can do some blocks at a time: `refresh` and `factorize`
+                                                 take one more argument then, the names of the blocks that are `due`
     """
 
     name: str
     prepare: Callable[[Any], Any]
     measure: Callable[..., Any]
     absorb: Callable[[Any, Look, Tensor], Any]
-    refresh: Callable[[Any, Tensor, str], Any]
+    refresh: Callable[..., Any]
     scale: Callable[[Any, Look, Tensor], Any]
     factorize: Callable[..., Any]
     solve: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
     dense: Callable[[Any], dict[str, Tensor]]
     scales: bool = False
+    costs: Callable[[Any], dict[str, int]] | None = None
 
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -63,32 +63,50 @@ def by_path(rules: Mapping[str, Structure], vector: Structure | None = None) -> 
     table, other = dict(rules), diagonal() if vector is None else vector
 
     def choose(name: str, matrix: bool) -> Structure:
-        for pattern, structure in table.items():
-            if fnmatchcase(name, pattern):
-                return structure if matrix or not structure.matrix else other
-        raise HyperparameterError(
-            explain(
-                f"no rule of by_path matches block {name!r}.",
-                got=", ".join(map(repr, table)),
-                options="add a last rule '**'",
-            )
-        )
+        structure = table[first_match(table, name, "by_path")]
+        return structure if matrix or not structure.matrix else other
 
     def prepare(blocks: dict[str, Block]) -> Any:
-        for pattern in table:
-            if pattern.strip("*") and not any(fnmatchcase(name, pattern) for name in blocks):
-                raise HyperparameterError(
-                    explain(
-                        f"the rule {pattern!r} of by_path matches no block.",
-                        got=", ".join(map(repr, list(blocks)[:20])),
-                        options="mend the pattern: blocks are named by the path of their weight",
-                    )
-                )
+        useful(table, blocks, "by_path")
         return lifted.prepare(blocks)
 
     name = ", ".join(f"{pattern}: {structure.name}" for pattern, structure in table.items())
     lifted = _lifted(f"by_path({name})", choose, (*table.values(), other))
     return lifted._replace(prepare=prepare)
+
+
+def first_match(patterns: Iterable[str], name: str, user: str) -> str:
+    """The first pattern that matches the name of a block. Raises HyperparameterError, in the name of `user`.
+
+    >>> first_match(["head.*", "**"], "body.weight", "damping")
+    '**'
+    """
+    for pattern in patterns:
+        if fnmatchcase(name, pattern):
+            return pattern
+    raise HyperparameterError(
+        explain(
+            f"no rule of {user} matches block {name!r}.",
+            got=", ".join(map(repr, patterns)),
+            options="add a last rule '**'",
+        )
+    )
+
+
+def useful(patterns: Iterable[str], names: Iterable[str], user: str) -> None:
+    """Raise HyperparameterError, in the name of `user`, for a pattern that matches none of the blocks.
+
+    >>> useful(["head.*", "**"], ["head.weight"], "damping")
+    """
+    for pattern in patterns:
+        if pattern.strip("*") and not any(fnmatchcase(name, pattern) for name in names):
+            raise HyperparameterError(
+                explain(
+                    f"the rule {pattern!r} of {user} matches no block.",
+                    got=", ".join(map(repr, list(names)[:20])),
+                    options="mend the pattern: blocks are named by the path of their weight",
+                )
+            )
 
 
 def _like(factored: Any, v: Tensor) -> Tensor:
@@ -129,13 +147,16 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
         first = look(())
 
         def one(own: Structure, block: str, moments: Any) -> Any:
-            before = () if state == () else (state.matrix | state.vector)[block]
+            before = () if state == () else _flat(state)[block]
             return own.absorb(before, lambda f: moments if _none(f) else look({block: f}), fraction)
 
         return each(one, first)
 
-    def refresh(state: Blockwise, damping: Tensor, split: str) -> Blockwise:
-        return each(lambda own, _, one: own.refresh(one, damping, split), state)
+    def refresh(state: Blockwise, damping: dict[str, Tensor], split: str, due: Any = None) -> Blockwise:
+        def one(own: Structure, block: str, thing: Any) -> Any:
+            return own.refresh(thing, damping[block], split) if due is None or block in due else thing
+
+        return each(one, state)
 
     def scale(state: Blockwise, look: Look, fraction: Tensor) -> Blockwise:
         def one(own: Structure, block: str, thing: Any) -> Any:
@@ -143,25 +164,37 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
 
         return each(one, state)
 
-    def factorize(state: Blockwise, damping: Tensor, split: str, kept: Any = ()) -> Blockwise:
+    def factorize(state: Blockwise, damping: dict[str, Tensor], split: str, kept: Any = (), due: Any = ()) -> Blockwise:
         def one(own: Structure, block: str, thing: Any) -> Any:
-            if kept != () and own.scale is None:
-                return (kept.matrix | kept.vector)[block]
-            return own.factorize(thing, damping, split)
+            if kept != () and own.scale is None and block not in due:
+                return _flat(kept)[block]
+            return own.factorize(thing, damping[block], split)
 
         return each(one, state)
 
     def solve(factored: Blockwise, vs: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = Blockwise(*({n: item for n, item in part.items() if n in vs} for part in factored))
-        found = each(lambda own, block, item: own.solve(item, _like(item, vs[block])), wanted)
-        return found.matrix | found.vector
+        return _flat(each(lambda own, block, item: own.solve(item, _like(item, vs[block])), wanted))
 
     def dense(state: Blockwise) -> dict[str, Tensor]:
-        found = each(lambda own, _, one: own.dense(one), state)
-        return found.matrix | found.vector
+        return _flat(each(lambda own, _, one: own.dense(one), state))
 
     scales = any(structure.scale is not None for structure in structures)
-    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, scales)
+    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, scales, _costs)
+
+
+def _costs(state: Blockwise) -> dict[str, int]:
+    """d³ for every d x d matrix that the state of a block is made of, and the count of its other numbers."""
+    return {name: sum(map(_cost, _tree.leaves(one))) for name, one in _flat(state).items()}
+
+
+def _cost(x: Tensor) -> int:
+    square = x.ndim > 1 and x.shape[-1] == x.shape[-2]
+    return x.numel() * (x.shape[-1] if square else 1)
+
+
+def _flat(things: Blockwise) -> dict[str, Any]:
+    return things.matrix | things.vector
 
 
 def _none(frame: Any) -> bool:

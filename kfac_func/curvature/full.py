@@ -64,12 +64,12 @@ def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:
     def absorb(state: Any, look: Look, fraction: Tensor) -> Window:
         return shifted(state, look(ROWS), fraction, window)
 
-    def factorize(state: Window, damping: Tensor, split: str, kept: Any = ()) -> Woodbury:
+    def factorize(state: Window, damping: dict[str, Tensor], split: str, kept: Any = ()) -> Woodbury:
         del split
         if kept != ():
             return kept
         rows, weights = state
-        own = {name: ruled(part, weights, damping, rule) for name, part in rows.items()}
+        own = {name: ruled(part, weights, damping[name], rule) for name, part in rows.items()}
         return woodbury({name: joined(part, weights) for name, part in rows.items()}, own)
 
     def dense(state: Window) -> dict[str, Tensor]:

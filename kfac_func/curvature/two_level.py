@@ -1,6 +1,6 @@
 r"""Two-level curvature: what a blockwise inverse M⁻¹ misses between blocks, put right in a small coarse space.
 
-    residual    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = ω₁ M⁻¹ g,    F_λ = F + λI
+    residual    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ (g − F_λ ζ)        ζ = ω₁ M⁻¹ g,    F_λ = F + Λ,   Λ = λ_l on block l
     additive    v = ζ + ω₂ R₀ᵀ F_c⁻¹ R₀ g                  F_c = R₀ F_λ R₀ᵀ
 
 Sources: Tselepidis et al. 2020 (2011.00573), additive; Koroko et al. 2023 (2303.18083), residual.
@@ -65,10 +65,10 @@ class TwoLevelState(NamedTuple):
 
 
 class TwoLevelFactored(NamedTuple):
-    """The inner factors, λ, the vectors, F_c⁻¹ [K, K], and R₀F: as it is (`products`), or by rows and u [K, V, B]."""
+    """The inner factors, λ_l, the vectors, F_c⁻¹ [K, K], and R₀F: as it is (`products`), or by rows and u [K, V, B]."""
 
     inner: Any
-    damping: Tensor
+    damping: dict[str, Tensor]
     vectors: Any
     inverse: Any
     products: Any
@@ -125,9 +125,9 @@ def two_level(
 
     F is exact: that of the output vectors of the estimator, over all blocks. Where z is fixed (nicolaides, tselepidis,
     a function) R₀FR₀ᵀ [K, K] and, for "residual", R₀F [K times the parameters] are MEANS over examples and moving
-    averages like all moments. Where z moves with M or g, F is that of the newest batch, whose rows the state keeps. λ
-    enters as λ⟨z, z'⟩. F_c is inverted by Cholesky; where vectors depend on one another, by its pseudo-inverse.
-    `dense` gives the blocks of the inner curvature.
+    averages like all moments. Where z moves with M or g, F is that of the newest batch, whose rows the state keeps. The
+    damping enters as λ_l⟨z, z'⟩ for vectors of block l. F_c is inverted by Cholesky; where vectors depend on one
+    another, by its pseudo-inverse. `dense` gives the blocks of the inner curvature.
 
     Raises HyperparameterError for values without meaning or that contradict one another; StateError for blocks without
     rows per example, for vectors that do not fit, and where "spectral" finds no factors. Sources: Tselepidis et al.
@@ -164,13 +164,13 @@ def two_level(
         rows = () if level.fixed else shifted(old.rows, look(ROWS), fraction, 1)
         return TwoLevelState(own, vectors, coarse, rows)
 
-    def refresh(state: TwoLevelState, damping: Tensor, split: str) -> TwoLevelState:
+    def refresh(state: TwoLevelState, damping: dict[str, Tensor], split: str) -> TwoLevelState:
         return state._replace(inner=tree.refresh(state.inner, damping, split))
 
     def scale(state: TwoLevelState, look: Look, fraction: Tensor) -> TwoLevelState:
         return state._replace(inner=tree.scale(state.inner, lambda f: look(_Inside(f)), fraction))
 
-    def factorize(state: TwoLevelState, damping: Tensor, split: str, kept: Any = ()) -> TwoLevelFactored:
+    def factorize(state: TwoLevelState, damping: dict[str, Tensor], split: str, kept: Any = ()) -> TwoLevelFactored:
         own = tree.factorize(state.inner, damping, split, () if kept == () else kept.inner)
         return _factored(level, tree, state, own, damping)
 
@@ -198,7 +198,9 @@ def _coarse(level: Level, prepared: _Prepared) -> Any:
     return measured(prepared.rows, prepared.vectors, level.form == "residual")
 
 
-def _factored(level: Level, tree: Curvature, state: TwoLevelState, own: Any, damping: Tensor) -> TwoLevelFactored:
+def _factored(
+    level: Level, tree: Curvature, state: TwoLevelState, own: Any, damping: dict[str, Tensor]
+) -> TwoLevelFactored:
     if level.fixed:
         matrix = coarse_matrix(state.coarse, state.vectors, damping)
         products = state.coarse.products if level.form == "residual" else ()
@@ -229,12 +231,12 @@ def _solved(level: Level, tree: Curvature, factored: TwoLevelFactored, vs: Vecto
     if level.space == "residual":
         w = hits(factored.rows, zeta)
         image = {name: combined(factored.rows[name], w).reshape(v.shape) for name, v in g.items()}
-        r = {name: v - image[name] - factored.damping.to(v.dtype) * zeta[name] for name, v in g.items()}
+        r = {name: v - image[name] - factored.damping[name].to(v.dtype) * zeta[name] for name, v in g.items()}
         z = {name: v.unsqueeze(0) for name, v in tree.solve(factored.inner, r).items()}
         factored = _galerkin(level, tree, factored._replace(vectors=normalised(z)))
         wanted = restricted(factored.vectors, r if level.form == "residual" else g)
     elif level.form == "residual":
-        rest = {name: v - factored.damping.to(v.dtype) * zeta[name] for name, v in g.items()}
+        rest = {name: v - factored.damping[name].to(v.dtype) * zeta[name] for name, v in g.items()}
         wanted = restricted(factored.vectors, rest) - _image(factored, zeta)
     else:
         wanted = restricted(factored.vectors, g)

@@ -79,11 +79,11 @@ def weighed(products: Vectors, vs: Vectors) -> Tensor:
 # ------------------------------------------------------------------ F_c and its inverse
 
 
-def coarse_matrix(found: Coarse | CrossFactors, zs: Vectors, damping: Tensor) -> Tensor:
-    """F_c = R₀FR₀ᵀ + λ R₀R₀ᵀ [K, K], symmetric."""
+def coarse_matrix(found: Coarse | CrossFactors, zs: Vectors, damping: dict[str, Tensor]) -> Tensor:
+    """F_c = R₀FR₀ᵀ + R₀ΛR₀ᵀ [K, K], symmetric; Λ = λ_l on block l."""
     matrix = found.matrix if isinstance(found, Coarse) else found.positions * found.a * found.g
-    flat = [zs[name].flatten(1) for name in sorted(zs)]
-    return matrix + damping.to(matrix.dtype) * torch.block_diag(*(z @ z.mT for z in flat))
+    flat = [(damping[name].to(matrix.dtype), zs[name].flatten(1)) for name in sorted(zs)]
+    return matrix + torch.block_diag(*(own * (z @ z.mT) for own, z in flat))
 
 
 def inverse(matrix: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,39 +17,42 @@ from kfac_func._typing import PyTree, ScalarOrSchedule
 from kfac_func.blocks import pack, unpack
 from kfac_func.curvature import Curvature
 from kfac_func.estimators import Stats
-from kfac_func.precondition.averages import (
-    Batch,
-    absorbed,
-    attached,
-    curvature_of,
-    factorized,
-    refreshed,
-    scaled,
-)
+from kfac_func.precondition.averages import absorbed, factorized, refreshed, scaled
+from kfac_func.precondition.batch import Batch
+from kfac_func.precondition.periods import refresh_due, scale_due
+from kfac_func.precondition.rules import attached, curvature_of
 from kfac_func.state import KFacState, Options, Rules, inside
 from kfac_func.transforms import GradientTransformation
+from kfac_func.transforms.base import zero_count
+from kfac_func.transforms.masks import Mask, selected
+
+Damping = ScalarOrSchedule | Mapping[str, ScalarOrSchedule]
+"""λ of all blocks, or by patterns of paths."""
 
 
-def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Options) -> GradientTransformation:
+def preconditioner(
+    curvature: Curvature, damping: Damping, options: Options, l2_mask: Mask | None = None
+) -> GradientTransformation:
     """The transformation behind `kfac()`: absorb statistics, refresh the factorisation when due, solve."""
 
     def init(params: PyTree) -> KFacState:
         device = next((leaf.device for leaf in _tree.leaves(params)), torch.device("cpu"))
-        zero = torch.zeros((), dtype=torch.int64)
         counts = {
             name: torch.zeros((), dtype=torch.int64, device=device)
             for name in ("observed", "rejected", "failed", "scaled")
         }
         weights = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("weight", "scale_weight")}
-        rules = Static(Rules(curvature, options))
+        covered = selected(l2_mask, params) if options.l2 or l2_mask is not None else {}
+        rules = Rules(curvature, options, decayed=tuple(path for path, meant in covered.items() if meant))
         return KFacState(
-            step=zero,
+            step=zero_count(),
             **counts,
             **weights,
-            damping=_value(damping, zero),
+            scaled_at=zero_count(),
+            damping=_initial(damping),
             curvature=(),
             factored=(),
-            rules=rules,
+            rules=Static(rules),
         )
 
     def update(
@@ -56,7 +60,7 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
         state: KFacState,
         params: PyTree | None = None,
         *,
-        stats: Stats | None = None,
+        stats: Stats | Sequence[Stats] | None = None,
         refresh: bool | None = None,
         scale: bool | None = None,
         inplace: bool = False,
@@ -64,30 +68,32 @@ def preconditioner(curvature: Curvature, damping: ScalarOrSchedule, options: Opt
     ) -> tuple[PyTree, KFacState]:
         del params, inplace, extra
         state = attached(state, curvature)
-        if callable(damping):
-            state = state._replace(damping=_value(damping, state.step))
+        state = _scheduled(state, damping)
         state = _advanced(state, stats, refresh, scale)
         return precondition(state, updates), state._replace(step=state.step + 1)
 
     return GradientTransformation(init, update)
 
 
-def _advanced(state: KFacState, stats: Stats | None, refresh: bool | None, scale: bool | None) -> KFacState:
+def _advanced(
+    state: KFacState, stats: Stats | Sequence[Stats] | None, refresh: bool | None, scale: bool | None
+) -> KFacState:
     """Averages, refresh, scalings, factorisation: whatever is due, in this order."""
     batch = None if stats is None else Batch(state, stats)
     if batch is not None:
         state = absorbed(state, batch)
     if state.curvature == ():
         return state
-    options, own = state.rules.value.options, curvature_of(state)
     first = state.factored == ()
-    due = first or _due(state, options.refresh_every, refresh, "refresh")
+    due = first or refresh_due(state, refresh)
+    some = due if isinstance(due, frozenset) else None
+    kept = state.factored if some is not None or not due else ()
     if due:
-        state = refreshed(state)
-    scale = own.scales and batch is not None and (first or _due(state, options.scale_every, scale, "scale"))
+        state = refreshed(state, some)
+    scale = curvature_of(state).scales and batch is not None and (first or scale_due(state, scale))
     if scale and batch is not None:
         state = scaled(state, batch)
-    return factorized(state, () if due else state.factored) if due or scale else state
+    return factorized(state, kept, some) if due or scale else state
 
 
 def _value(damping: ScalarOrSchedule, count: Tensor) -> Tensor:
@@ -95,30 +101,29 @@ def _value(damping: ScalarOrSchedule, count: Tensor) -> Tensor:
     return value.to(torch.float64) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _due(state: KFacState, every: int, asked: bool | None, name: str) -> bool:
-    """Whether to do it now: as asked, or by an interval that grows from 1 to `every` as averages age."""
-    if asked is not None or every == 1:
-        return True if asked is None else asked
-    try:
-        step = None if torch.compiler.is_compiling() else int(state.step)
-    except RuntimeError:  # a batched count under vmap has no single value
-        step = None
-    if step is None:
-        raise StateError(
-            explain(
-                f"whether to {name} cannot be read from the count under vmap or torch.compile.",
-                options=f"pass {name}=True or {name}=False to update; or use {name}_every=1",
-            )
-        )
-    return step % min(every, 1 + step // every) == 0
+def _initial(damping: Damping) -> Tensor | dict[str, Tensor]:
+    if isinstance(damping, Mapping):
+        return {pattern: _value(value, zero_count()) for pattern, value in damping.items()}
+    return _value(damping, zero_count())
 
 
-def observe(state: PyTree, stats: Stats, *, refresh: bool = True) -> PyTree:
+def _scheduled(state: KFacState, damping: Damping) -> KFacState:
+    """The values of schedules and tensors at this step; numbers only begin, and then the state has its own."""
+    if isinstance(damping, Mapping) and isinstance(state.damping, dict):
+        given = {pattern: value for pattern, value in damping.items() if not isinstance(value, (int, float))}
+        new = {pattern: _value(value, state.step) for pattern, value in given.items()}
+        return state._replace(damping=state.damping | new)
+    return state if isinstance(damping, (int, float, Mapping)) else state._replace(damping=_value(damping, state.step))
+
+
+def observe(state: PyTree, stats: Stats | Sequence[Stats], *, refresh: bool = True) -> PyTree:
     """Absorb the statistics of a batch into the K-FAC state inside ANY optimiser state; everything else stays as it is.
 
+    stats      of a batch, or a sequence of those of its micro-batches: absorbed together, as means over all examples
     refresh    refresh, scale and factorise as well (the first statistics always do)
 
-    Statistics with NaN or infinities are not absorbed: `rejected` counts them and the state stays usable.
+    Statistics with NaN or infinities are not absorbed: `rejected` counts them and the state stays usable. Periods count
+    updates: what is observed without a refresh counts at the next update that is due.
     Raises StateError when there is no K-FAC state inside, or the statistics describe other blocks.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
@@ -143,7 +148,8 @@ def precondition(state: PyTree, grads: PyTree) -> PyTree:
     state    a K-FAC state, or any state with exactly one inside
     grads    a tree like the parameters; None leaves stay None; leaves without curvature come back as they are (copied)
 
-    Before the first statistics these are the gradients themselves. The direction is not scaled by a learning rate.
+    Before the first statistics, and during `burn_in`, these are the gradients themselves. The direction is not scaled
+    by a learning rate.
     Raises StateError without a K-FAC state, TreeMismatchError when the trees do not fit. See `observe` for an example.
 
         >>> state = kf.kfac().init({"w": torch.ones(2)})
@@ -177,4 +183,7 @@ def _solved(state: KFacState, grads: PyTree) -> PyTree:
     new = {path: leaf.clone() for path, leaf in leaves.items() if not any(path in layout.leaves for layout in here)}
     for layout in here:
         new |= {path: v.to(leaves[path].dtype) for path, v in unpack(layout, solved[layout.name], shapes).items()}
+    if rules.options.burn_in:
+        ready = state.observed > rules.options.burn_in
+        new = {path: torch.where(ready, v, leaves[path]) for path, v in new.items()}
     return _tree.with_leaves(grads, [new[path] for path in leaves])

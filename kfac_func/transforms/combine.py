@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from kfac_func._errors import HyperparameterError, StateError, explain
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, identity
@@ -116,6 +118,8 @@ def _link(member: Any, where: str) -> _Link:
             )
         )
     init, update = member
+    if torch.compiler.is_compiling() and isinstance(member, GradientTransformation):  # Dynamo reads no signatures
+        return _Link(init, lambda updates, state, options: update(updates, state, **options))
     positional, accepts = _accepted(update, where)
 
     def call(updates: PyTree, state: PyTree, options: dict[str, Any]) -> tuple[PyTree, PyTree]:

@@ -20,6 +20,8 @@ from kfac_func.transforms.base import (
     scale_tree,
     stateless,
 )
+from kfac_func.transforms.masking import masked
+from kfac_func.transforms.masks import Mask
 
 
 def global_norm(tree: PyTree) -> Float[Tensor, ""]:
@@ -66,18 +68,21 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     return stateless(clip)
 
 
-def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0) -> GradientTransformation:
-    r"""Add a pull towards zero:  u'_t = u_t + λ_t p.
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None) -> GradientTransformation:
+    r"""Add a pull towards zero:  u'_t = u_t + λ_t p,  or with `mask` for some leaves only.
 
     Symbols: p the parameters; λ ≥ 0 a number, a 0-dim tensor or a schedule of the step t = 0, 1, ... Before momentum or
-    Adam this is an L2 penalty of λ/2 ‖p‖², after them it is decoupled decay. State: the count for a schedule.
+    Adam this is an L2 penalty of λ/2 ‖p‖², after them it is decoupled decay. The mask is one of `masked`: path patterns
+    ("*.weight"), a tree of bools or a function of the params. State: the count for a schedule; the mask.
     Raises HyperparameterError when λ is a negative Python number or `update` gets no params, TreeMismatchError when the
-    updates are unlike the params.     Source: Loshchilov & Hutter 2019, Algorithm 2.
+    updates are unlike the params, and what `masked` raises.     Source: Loshchilov & Hutter 2019, Algorithm 2.
 
     >>> add_decayed_weights(0.5).update(torch.ones(2), (), torch.full((2,), 4.0))[0].tolist()
     [3.0, 3.0]
     """
     check_scalar("weight_decay", weight_decay, "[0, inf)", schedule=True)
+    if mask is not None:
+        return masked(add_decayed_weights(weight_decay), mask)
 
     def decay(updates: PyTree, params: PyTree, factor: Scalar) -> PyTree:
         if params is None:

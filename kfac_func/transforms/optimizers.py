@@ -7,6 +7,7 @@ from kfac_func._typing import Scalar, ScalarOrSchedule
 from kfac_func.transforms.base import GradientTransformation, check_scalar
 from kfac_func.transforms.combine import chain
 from kfac_func.transforms.constraints import add_decayed_weights
+from kfac_func.transforms.masks import Mask
 from kfac_func.transforms.moments import scale_by_adam, trace
 from kfac_func.transforms.scaling import scale_by_learning_rate
 
@@ -16,6 +17,7 @@ def sgd(
     momentum: Scalar = 0.0,
     nesterov: bool = False,
     weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
 ) -> GradientTransformation:
     r"""Gradient descent, with momentum and an L2 penalty if wanted:
 
@@ -25,7 +27,9 @@ def sgd(
 
     Symbols: η = `learning_rate` ≥ 0; μ = `momentum` in [0, 1); λ = `weight_decay` ≥ 0. Each a number or a 0-dim tensor;
     η and λ may be schedules. Links for μ = 0 and λ = 0 (as Python numbers) are left out: plain descent needs no params.
-    Raises HyperparameterError for Python numbers outside these, and for nesterov without momentum.
+    `mask` says which leaves the penalty is for, as in `masked`.
+    Raises HyperparameterError for Python numbers outside these, for nesterov without momentum, and for a mask without
+    weight decay or one that does not fit.
     Source: the conventions of torch.optim.SGD without dampening.
 
     >>> import torch
@@ -37,7 +41,11 @@ def sgd(
     check_scalar("momentum", momentum, "[0, 1)")
     if nesterov and _off(momentum):
         raise HyperparameterError(explain("nesterov needs momentum.", got="momentum=0.0", wanted="a number in (0, 1)"))
-    decay = [] if _off(weight_decay) else [add_decayed_weights(weight_decay)]
+    if mask is not None and _off(weight_decay):
+        raise HyperparameterError(
+            explain("mask needs weight_decay.", got="weight_decay=0.0", wanted="a positive number")
+        )
+    decay = [] if _off(weight_decay) else [add_decayed_weights(weight_decay, mask)]
     heavy = [] if _off(momentum) else [trace(momentum, nesterov)]
     return chain(*decay, *heavy, scale_by_learning_rate(learning_rate))
 
@@ -75,11 +83,13 @@ def adamw(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
 ) -> GradientTransformation:
     r"""Adam with decoupled weight decay:  p_t = p_{t-1} - η (d_t + λ p_{t-1}),  d_t the direction of `scale_by_adam`.
 
     Symbols: η = `learning_rate` ≥ 0 and λ = `weight_decay` ≥ 0, each a number, a 0-dim tensor or a schedule (the decay
-    per step is η λ, as in torch and optax); the others as in `scale_by_adam`. `update` needs the params.
+    per step is η λ, as in torch and optax); `mask` the leaves that decay, as in `masked`; the others as in
+    `scale_by_adam`. `update` needs the params.
     Raises HyperparameterError for Python numbers that have no meaning, or when `update` gets no params.
     Source: Loshchilov & Hutter 2019, Algorithm 2; the conventions of torch.optim.AdamW.
 
@@ -91,6 +101,6 @@ def adamw(
     """
     return chain(
         scale_by_adam(b1, b2, eps, eps_root),
-        add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )

@@ -12,10 +12,18 @@ from kfac_func.transforms import (
     adam,
     adamw,
     add_decayed_weights,
+    apply_if_finite,
+    average_params,
     chain,
     clip_by_global_norm,
+    ema,
     identity,
+    inject_hyperparams,
+    masked,
+    multi_steps,
     named_chain,
+    partition,
+    reduce_on_plateau,
     scale,
     scale_by_adam,
     scale_by_learning_rate,
@@ -26,13 +34,22 @@ from kfac_func.transforms import (
 )
 
 
+def nothing(step: int) -> dict[str, Any]:
+    return {}
+
+
 class Row(NamedTuple):
-    """A transformation with its options, and for every option another value that must change the updates."""
+    """A transformation with its options, and for every option another value that must change the updates.
+
+    `extras` are the keywords that its updates need; `unread` those that they need where counts cannot be read.
+    """
 
     name: str
     make: Callable[..., Any]
     options: dict[str, Any]
     changed: dict[str, Any]
+    extras: Callable[[int], dict[str, Any]] = nothing
+    unread: Callable[[int], dict[str, Any]] = nothing
 
 
 def falling(count):
@@ -61,6 +78,23 @@ def foreign(decay: float) -> Any:
     return chain((lambda params: tree_map(torch.zeros_like, params), update))
 
 
+def injected(rate: Any, momentum: float) -> Any:
+    return inject_hyperparams(sgd)(rate, momentum=momentum)
+
+
+def exploding(count: Any) -> Any:
+    """Infinite at the second step, and at every one after it that does not count."""
+    return torch.where(count == 1, torch.inf, 1.0)
+
+
+def loss(step: int) -> dict[str, Any]:
+    return {"value": (1.0, torch.tensor(0.95), 0.96)[step % 3]}
+
+
+def second(step: int) -> dict[str, Any]:
+    return {"emit": step % 2 == 1}
+
+
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
 ADAM_CHANGED = {"b1": 0.5, "b2": 0.9, "eps": 0.1, "eps_root": 0.1}
 
@@ -80,21 +114,61 @@ ROWS = [
     Row("scale_by_adam", scale_by_adam, ADAM, ADAM_CHANGED),
     Row("clip", clip_by_global_norm, {"max_norm": 0.5}, {"max_norm": 0.25}),
     Row("clip_inactive", clip_by_global_norm, {"max_norm": 1e6}, {"max_norm": 0.25}),
-    Row("decay", add_decayed_weights, {"weight_decay": 0.1}, {"weight_decay": 0.2}),
+    Row("decay", add_decayed_weights, {"weight_decay": 0.1}, {"weight_decay": 0.2, "mask": "w"}),
     Row("decay_schedule", add_decayed_weights, {"weight_decay": cosine(0.1)}, {"weight_decay": cosine(0.2)}),
     Row("sgd", sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.1}),
     Row(
         "sgd_all",
         sgd,
         {"learning_rate": cosine(0.1), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-        {"learning_rate": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": cosine(0.1)},
+        {"learning_rate": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": cosine(0.1), "mask": "deep*"},
     ),
     Row("adam", adam, {"learning_rate": 0.1, **ADAM}, {"learning_rate": 0.2, **ADAM_CHANGED}),
     Row(
-        "adamw", adamw, {"learning_rate": 0.1, **ADAM}, {"learning_rate": falling, **ADAM_CHANGED, "weight_decay": 0.1}
+        "adamw",
+        adamw,
+        {"learning_rate": 0.1, **ADAM},
+        {"learning_rate": falling, **ADAM_CHANGED, "weight_decay": 0.1, "mask": "w"},
     ),
     Row("nested_chain", nested, {"momentum": 0.9, "rate": 0.5}, {"momentum": 0.5, "rate": 0.25}),
     Row("named_chain", named, {"momentum": 0.9}, {"momentum": 0.5}),
     Row("empty_chain", chain, {}, {}),
     Row("foreign_last", foreign, {"decay": 0.9}, {"decay": 0.5}),
+    Row(
+        "masked",
+        masked,
+        {"inner": trace(0.9), "mask": ["w", "deep.1"]},
+        {"inner": trace(0.5), "mask": {"w": True, "b": True, "deep": (False, True)}},
+    ),
+    Row(
+        "partition",
+        partition,
+        {"transforms": {"a": adam(0.1), "b": trace(0.9)}, "labels": {"deep*": "a", "*": "b"}},
+        {"transforms": {"a": adam(0.2), "b": trace(0.9)}, "labels": {"deep*": "b", "*": "a"}},
+    ),
+    Row("injected", injected, {"rate": falling, "momentum": 0.9}, {"rate": 0.5, "momentum": 0.5}),
+    Row(
+        "finite",
+        apply_if_finite,
+        {"inner": chain(trace(0.9), scale_by_schedule(exploding)), "max_consecutive_errors": 2},
+        {"inner": trace(0.9), "max_consecutive_errors": 0},
+    ),
+    Row(
+        "multi_steps",
+        multi_steps,
+        {"inner": trace(0.9), "every": 2},
+        {"inner": scale(2.0), "every": 3},
+        unread=second,
+    ),
+    Row("ema", ema, {"decay": 0.9, "debias": True}, {"decay": 0.5, "debias": False}),
+    Row("average_params", average_params, {"decay": 0.9, "start": 1}, {}),
+    Row("polyak", average_params, {"decay": None}, {}),
+    Row(
+        "plateau",
+        reduce_on_plateau,
+        {"patience": 1, "rtol": 0.1},
+        {"factor": 0.5, "patience": 2, "rtol": 0.0, "cooldown": 5, "accumulation_size": 2, "min_scale": 0.5},
+        extras=loss,
+    ),
+    Row("plateau_absolute", reduce_on_plateau, {"patience": 1, "rtol": 0.0}, {"atol": 0.5}, extras=loss),
 ]

@@ -42,7 +42,10 @@ def _equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return all(close(a, b, 1e-12) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("average", ["debiased", "warmup"])
+averages = pytest.mark.parametrize("average", ["debiased", "warmup", "constant"])
+
+
+@averages
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999])
 def test_a_constant_stream_gives_the_value_of_the_batch(decay, average):
     for found in _averages([STATS] * 6, decay=decay, average=average):
@@ -71,6 +74,14 @@ def test_warmup_closed_form(decay):
         assert _equal(found, _mixed(weight))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize(("early", "late"), [(1, 1), (2, 3), (4, 1)])
+def test_constant_closed_form(decay, early, late):
+    """The first batch starts the average and keeps the weight β^(n−1); so m of one value are left with β^(n−m)."""
+    found = _averages([STATS] * early + [OTHER] * late, decay=decay, average="constant")[-1]
+    assert _equal(found, _mixed(decay**late))
+
+
 def test_warmup_is_the_plain_mean_at_first():
     """While 1 − 1/k < β every batch counts the same."""
     stream = [STATS, OTHER, OTHER, STATS, OTHER]
@@ -79,7 +90,7 @@ def test_warmup_is_the_plain_mean_at_first():
         assert _equal(found[k - 1], _mixed(sum(s is STATS for s in stream[:k]) / k))
 
 
-@pytest.mark.parametrize("average", ["debiased", "warmup"])
+@averages
 @pytest.mark.parametrize("gap", [1, 3])
 def test_steps_without_statistics_do_not_count(gap, average):
     stream = [STATS, OTHER, OTHER]
@@ -87,9 +98,42 @@ def test_steps_without_statistics_do_not_count(gap, average):
     assert _equal(_averages(sparse, average=average)[-1], _averages(stream, average=average)[-1])
 
 
-def test_the_two_schedules_differ():
-    stream = [STATS, OTHER]
-    assert not _equal(_averages(stream, decay=0.95)[-1], _averages(stream, decay=0.95, average="warmup")[-1])
+def test_a_batch_that_is_not_finite_does_not_start_a_constant_average():
+    bad = run(CASE._replace(inputs=CASE.inputs * float("nan")))[2]
+    tx = kf.kfac(decay=0.9, average="constant")
+    state = tx.init(CASE.params)
+    for stats in (bad, STATS, bad, OTHER):
+        _, state = tx.update(GRADS, state, stats=stats)
+    assert _equal(leaves(state.curvature.matrix), _mixed(0.9))
+
+
+def test_the_schedules_differ():
+    one, two, three = (
+        _averages([STATS, OTHER], decay=0.95, average=average)[-1] for average in ("debiased", "warmup", "constant")
+    )
+    assert not _equal(one, two)
+    assert not _equal(one, three)
+    assert not _equal(two, three)
+
+
+# ------------------------------------------------------------------ burn-in
+
+
+@pytest.mark.parametrize("burn_in", [0, 1, 3])
+def test_the_first_batches_only_feed_the_averages(burn_in):
+    """Gradients pass until more than `burn_in` batches were absorbed; from then on it is as if there was no burn-in."""
+    bad = run(CASE._replace(inputs=CASE.inputs * float("nan")))[2]
+    plain, late = kf.kfac(damping=0.1), kf.kfac(damping=0.1, burn_in=burn_in)
+    one, two = plain.init(CASE.params), late.init(CASE.params)
+    for stats in (None, STATS, None, bad, OTHER, None, STATS, bad, OTHER, None):
+        wanted, one = plain.update(GRADS, one, stats=stats)
+        found, two = late.update(GRADS, two, stats=stats)
+        assert all(torch.equal(x, y) for x, y in zip(leaves(one), leaves(two), strict=True))
+        wanted = wanted if int(two.observed) > burn_in else GRADS
+        assert all(torch.equal(x, y) for x, y in zip(leaves(found), leaves(wanted), strict=True))
+        assert not any(x.data_ptr() == y.data_ptr() for x, y in zip(leaves(found), leaves(GRADS), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(found), leaves(kf.precondition(two, GRADS)), strict=True))
+    assert int(two.observed) == 4
 
 
 def test_observe_is_the_same_average():

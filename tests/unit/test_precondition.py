@@ -163,12 +163,12 @@ def test_a_first_factorisation_that_fails_counts_and_does_no_harm():
     assert updates["weight"].isfinite().all()
 
 
-@pytest.mark.parametrize("average", ["debiased", "warmup"])
+@pytest.mark.parametrize("average", ["debiased", "warmup", "constant"])
 def test_two_batches_are_averaged(average):
     tx = kf.kfac(average=average, decay=0.9)
     one, other = (kf.observe(tx.init(PARAMS), stats).curvature for stats in (STATS, LATER[1]))
     both = kf.observe(kf.observe(tx.init(PARAMS), STATS), LATER[1]).curvature
-    new = 0.5 if average == "warmup" else 1 / 1.9
+    new = {"warmup": 0.5, "debiased": 1 / 1.9, "constant": 0.1}[average]
     torch.testing.assert_close(
         both.matrix["0.weight"].a, torch.lerp(one.matrix["0.weight"].a, other.matrix["0.weight"].a, new)
     )
@@ -221,7 +221,11 @@ OPTIONS = [
     {"split": "exact"},
     {"decay": 0.5},
     {"average": "warmup"},
+    {"average": "constant"},
     {"refresh_every": 1},
+    {"burn_in": 4},
+    {"l2": 0.1},
+    {"damping": {"0.*": 0.2, "**": 0.1}},
 ]
 
 

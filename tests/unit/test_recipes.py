@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kfac_func as kf
+from kfac_func._errors import HyperparameterError
 from kfac_func._tree import leaves
 from tests.zoo import CASES, close, run
 
@@ -20,7 +21,19 @@ PERIODS: dict[str, dict[str, Any]] = {
     "damping": {"damping": 1e-2},
     "decay": {"decay": 0.5},
     "average": {"average": "warmup"},
+    "constant": {"average": "constant"},
     "refresh_every": {"refresh_every": 4},
+}
+ALWAYS: dict[str, dict[str, Any]] = {
+    "damping by path": {"damping": {"head.*": 1e-2, "**": 1e-3}},
+    "burn_in": {"burn_in": 6},
+    "l2": {"l2": 0.3},
+}
+PERIODS |= ALWAYS
+TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what changes nothing unless something else is set
+    "growing": ({"refresh_every": 3}, {"growing": False}),
+    "stagger": ({"refresh_every": 2, "growing": False}, {"stagger": True}),
+    "l2_mask": ({"l2": 0.3}, {"l2_mask": "head.*"}),
 }
 SETTINGS = PERIODS | {"split": {"split": "none"}}
 FULL = {"iterations": {"iterations": 1}, "tolerance": {"tolerance": 0.9}, "radius": {"radius": 0}}
@@ -86,7 +99,8 @@ RECIPES: dict[str, tuple[Callable[..., Any], dict[str, dict[str, Any]]]] = {
     ),
     "exact full": (
         kf.exact_natural_gradient,
-        {"damping": PERIODS["damping"], "refresh_every": {"refresh_every": 4}}
+        ALWAYS
+        | {"damping": PERIODS["damping"], "refresh_every": {"refresh_every": 4}}
         | {"block_diagonal": {"block_diagonal": True}, "rule": {"rule": "heuristic"}, "window": {"window": 3}},
     ),
     "exact window": (
@@ -118,6 +132,35 @@ def test_every_option_changes_the_update(name):
     for option, changed in options.items():
         found = updates_of(make, **changed)
         assert not all(close(x, y, 1e-7) for x, y in zip(base, found, strict=True)), option
+
+
+@pytest.mark.parametrize("option", TOGETHER)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_option_changes_the_update_beside_another(name, option):
+    make, (given, more) = RECIPES[name][0], TOGETHER[option]
+    base = updates_of(make, **given)
+    if option == "stagger" and ("two_level" in name or "exact" in name):
+        with pytest.raises(HyperparameterError, match="some blocks at a time"):
+            updates_of(make, **given, **more)
+        return
+    found = updates_of(make, **given, **more)
+    assert not all(close(x, y, 1e-7) for x, y in zip(base, found, strict=True))
+
+
+def test_exact_blocks_can_be_staggered():
+    one, two = (
+        updates_of(kf.exact_natural_gradient, block_diagonal=True, refresh_every=2, growing=False, stagger=stagger)
+        for stagger in (False, True)
+    )
+    assert not all(close(x, y, 1e-7) for x, y in zip(one, two, strict=True))
+
+
+def test_scalings_have_a_period_wherever_there_are_some():
+    eigen = kf.curvature.eigen()
+    plain = updates_of(kf.kfac, curvature=eigen, scale_every=3)
+    assert all(torch.equal(x, y) for x, y in zip(plain, updates_of(kf.ekfac, scale_every=3), strict=True))
+    one, two = (updates_of(lambda k=k: kf.two_level_kfac(curvature=eigen, scale_every=k)) for k in (1, 3))
+    assert not all(close(x, y, 1e-7) for x, y in zip(one, two, strict=True))
 
 
 def test_a_recipe_takes_a_leaf_alone_and_a_whole_tree():

@@ -1,0 +1,124 @@
+"""The looks at one batch, or at the micro-batches that it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import StateError, explain
+from kfac_func._typing import PyTree
+from kfac_func.blocks import Layout, Pairs, add
+from kfac_func.estimators import Stats
+from kfac_func.precondition.rules import curvature_of
+from kfac_func.state import KFacState
+
+
+class Batch:
+    """The looks at one batch: every answer is made finite, and `finite` says whether it was so by itself.
+
+    Statistics of several micro-batches answer as one batch does, by the means of their moments over all examples. Only
+    where a use is shared by all examples, products between micro-batches are left out; their mean is zero.
+    """
+
+    def __init__(self, state: KFacState, stats: Stats | Sequence[Stats]):
+        self.parts = (stats,) if isinstance(stats, Stats) else tuple(stats)
+        self.curvature = curvature_of(state)
+        _check_layouts(self.parts, state.rules.value.layouts)
+        self.rules = self.parts[0].rules.value
+        total = sum(part.rules.value.examples for part in self.parts)
+        self.shares = [part.rules.value.examples / total for part in self.parts]
+        self.prepared = [None if part.moments != () else self.curvature.prepare(part.blocks()) for part in self.parts]
+        self.first, self.finite = self._checked(self._measured(()))
+        self.later = self.finite
+
+    def look(self, frame: Any) -> Any:
+        """The moments of the batch in a frame; () is the first look."""
+        if _first(frame):
+            return self.first
+        found, finite = self._checked(self._measured(frame))
+        self.later = self.later & finite
+        return found
+
+    def _measured(self, frame: Any) -> Any:
+        found = [self._part(*each, frame) for each in zip(self.parts, self.prepared, strict=True)]
+        return found[0] if len(found) == 1 else pooled(found, self.shares)
+
+    def _part(self, part: Stats, prepared: Any, frame: Any) -> Any:
+        if prepared is not None:
+            return self.curvature.measure(prepared, frame)
+        if _first(frame):
+            return part.moments
+        raise StateError(
+            explain(
+                f"{self.curvature.name} looks at a batch more than once, and the statistics are moments already.",
+                why="a basis or factors of the state decide what is measured",
+                options="leave `measure=` out of value_grad_and_stats; or use kronecker() or diagonal()",
+            )
+        )
+
+    @staticmethod
+    def _checked(moments: Any) -> tuple[Any, Tensor]:
+        finite = all_finite(moments)
+        return _tree.tree_map(lambda m: torch.where(finite, m, 0.0), moments), finite
+
+
+def pooled(parts: list[Any], shares: list[float]) -> Any:
+    """The moments of several micro-batches as those of one: means by their shares of the examples; rows side by side.
+
+    >>> pooled([torch.zeros(1), torch.ones(1)], [0.25, 0.75])
+    tensor([0.7500])
+    """
+    first = parts[0]
+    if isinstance(first, Pairs):
+        return _side_by_side(parts, shares)
+    if isinstance(first, dict) and any(isinstance(value, Pairs) for value in first.values()):
+        return {name: _side_by_side([part[name] for part in parts], shares) for name in first}
+
+    def mean(*leaves: Tensor) -> Tensor:
+        return add([share * leaf for share, leaf in zip(shares, leaves, strict=True)])
+
+    return _tree.tree_map(mean, *parts)
+
+
+def _side_by_side(parts: list[Pairs], shares: list[float]) -> Pairs:
+    """Rows [V, B, S, ...]: 1/√N is in `left`; vectors and positions that a micro-batch does not have are zero."""
+
+    def joined(sides: list[Tensor]) -> Tensor:
+        vectors, positions = (max(x.shape[dim] for x in sides) for dim in (0, 2))
+        rest = [0, 0] * (sides[0].ndim - 3)
+        wide = [F.pad(x, (*rest, 0, positions - x.shape[2], 0, 0, 0, vectors - x.shape[0])) for x in sides]
+        return torch.cat(wide, dim=1)
+
+    left = [part.left * share**0.5 for part, share in zip(parts, shares, strict=True)]
+    return Pairs(joined(left), joined([part.right for part in parts]))
+
+
+def _check_layouts(parts: Sequence[Stats], known: tuple[Layout, ...]) -> None:
+    if not parts:
+        raise StateError(explain("there are no statistics in the sequence.", options="pass stats=None on such steps"))
+    known = known or parts[0].rules.value.layouts
+    for part in parts:
+        if part.rules.value.layouts != known:
+            raise StateError(
+                explain(
+                    "the statistics describe other blocks than the state.",
+                    got=", ".join(layout.name for layout in part.rules.value.layouts),
+                    wanted=", ".join(layout.name for layout in known),
+                    options="use one model and one `unclaimed` setting per state",
+                )
+            )
+
+
+def all_finite(tree: PyTree) -> Tensor:
+    """Whether all leaves are finite: a 0-dim tensor, so nothing waits for a device."""
+    sums = [torch.isfinite(leaf.sum()) for leaf in _tree.leaves(tree)]
+    return torch.stack(sums).all() if sums else torch.tensor(True)
+
+
+def _first(frame: Any) -> bool:
+    return isinstance(frame, tuple) and frame == ()

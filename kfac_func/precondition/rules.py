@@ -1,0 +1,64 @@
+"""What the rules of a K-FAC state say: its curvature, and the damping of every block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_func._errors import StateError, explain
+from kfac_func._tree import Static
+from kfac_func.curvature import Curvature
+from kfac_func.curvature.blockwise import first_match, useful
+from kfac_func.estimators.statistics import StatsRules
+from kfac_func.state import KFacState, Rules
+
+
+def curvature_of(state: KFacState) -> Curvature:
+    """The curvature of a state. Raises StateError when it came from a file and has not met its transformation yet."""
+    found = state.rules.value.curvature
+    if found is None:
+        raise StateError(
+            explain(
+                "the state was loaded from a file and has not met its transformation yet.",
+                options="call tx.update(...) first; functions are not saved",
+            )
+        )
+    return found
+
+
+def attached(state: KFacState, curvature: Curvature) -> KFacState:
+    """A state with its curvature: the one it has, or after loading from a file the one given."""
+    rules: Rules = state.rules.value
+    return state if rules.curvature is not None else state._replace(rules=Static(rules._replace(curvature=curvature)))
+
+
+def met(rules: Rules, stats: StatsRules) -> Rules:
+    """The rules after statistics: what the blocks are, and which pattern of a damping by path is whose.
+
+    Raises HyperparameterError for a block without a pattern and a pattern without a block.
+    """
+    if rules.layouts:
+        return rules._replace(paths=stats.plan.paths, unclaimed=stats.plan.unclaimed)
+    names, patterns = [layout.name for layout in stats.layouts], rules.options.patterns
+    useful(patterns, names, "damping")
+    own = tuple(first_match(patterns, name, "damping") for name in names) if patterns else ()
+    return rules._replace(layouts=stats.layouts, paths=stats.plan.paths, unclaimed=stats.plan.unclaimed, patterns=own)
+
+
+def block_damping(state: KFacState) -> dict[str, Tensor]:
+    """λ_l by block name, 0-dim float64: the λ of the state, or of the pattern of the block; plus the coefficient γ of
+    the l2 term where that term covers the weight of the block. 1 while nothing was observed.
+    """
+    rules, device, seen = state.rules.value, state.weight.device, state.weight > 0
+    values = state.damping if isinstance(state.damping, dict) else {"": state.damping}
+    patterns = rules.patterns or ("",) * len(rules.layouts)
+
+    def raised(by: float) -> dict[str, Tensor]:
+        return {pattern: torch.where(seen, value.to(device) + by, 1.0) for pattern, value in values.items()}
+
+    plain = raised(0.0)
+    covered = raised(rules.options.l2) if rules.decayed else plain
+    return {
+        layout.name: (covered if layout.leaves[0] in rules.decayed else plain)[pattern]
+        for layout, pattern in zip(rules.layouts, patterns, strict=True)
+    }
