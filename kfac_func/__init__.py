@@ -6,9 +6,16 @@ from kfac_func import _errors as errors
 from kfac_func import curvature as curvature
 from kfac_func import estimators as estimators
 from kfac_func import losses as losses
+from kfac_func import recipes as recipes
 from kfac_func.capture import Plan as Plan
 from kfac_func.capture import make_functional as make_functional
 from kfac_func.capture import make_plan as make_plan
+from kfac_func.control import LevenbergMarquardt as LevenbergMarquardt
+from kfac_func.control import QuadraticModel as QuadraticModel
+from kfac_func.control import adapt_damping as adapt_damping
+from kfac_func.control import levenberg_marquardt as levenberg_marquardt
+from kfac_func.control import quadratic_model as quadratic_model
+from kfac_func.control import scale_by_quadratic_model as scale_by_quadratic_model
 from kfac_func.estimators import Stats as Stats
 from kfac_func.estimators import value_grad_and_stats as value_grad_and_stats
 from kfac_func.precondition import observe as observe
@@ -19,6 +26,7 @@ from kfac_func.recipes import ekfac as ekfac
 from kfac_func.recipes import exact_natural_gradient as exact_natural_gradient
 from kfac_func.recipes import inverse_free as inverse_free
 from kfac_func.recipes import kfac as kfac
+from kfac_func.recipes import kfac_auto as kfac_auto
 from kfac_func.recipes import kpsvd as kpsvd
 from kfac_func.recipes import lanczos as lanczos
 from kfac_func.recipes import two_level_kfac as two_level_kfac
@@ -35,6 +43,7 @@ from kfac_func.transforms import average_params as average_params
 from kfac_func.transforms import averaged_params as averaged_params
 from kfac_func.transforms import chain as chain
 from kfac_func.transforms import clip_by_global_norm as clip_by_global_norm
+from kfac_func.transforms import clip_by_kl as clip_by_kl
 from kfac_func.transforms import ema as ema
 from kfac_func.transforms import global_norm as global_norm
 from kfac_func.transforms import identity as identity
@@ -42,6 +51,7 @@ from kfac_func.transforms import inject_hyperparams as inject_hyperparams
 from kfac_func.transforms import masked as masked
 from kfac_func.transforms import multi_steps as multi_steps
 from kfac_func.transforms import named_chain as named_chain
+from kfac_func.transforms import normalize_by_fisher_norm as normalize_by_fisher_norm
 from kfac_func.transforms import partition as partition
 from kfac_func.transforms import reduce_on_plateau as reduce_on_plateau
 from kfac_func.transforms import scale as scale

@@ -18,7 +18,9 @@ Average = Literal["debiased", "warmup", "constant"]
 
 
 class Options(NamedTuple):
-    """The settings of a preconditioner, as `kfac` explains them; `patterns` are those of a damping by path."""
+    """The settings of a preconditioner, as `kfac` explains them; `patterns` are those of a damping by path, and
+    `driven` says whether a schedule or a tensor sets the damping at every update.
+    """
 
     split: Split
     decay: float
@@ -30,6 +32,7 @@ class Options(NamedTuple):
     burn_in: int = 0
     l2: float = 0.0
     patterns: tuple[str, ...] = ()
+    driven: bool = False
 
 
 class Rules(NamedTuple):

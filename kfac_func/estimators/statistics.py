@@ -26,7 +26,7 @@ from kfac_func.blocks import Block, KroneckerState, Layout, Use, UseRule, gradie
 from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
 from kfac_func.estimators.vectors import Estimator, monte_carlo
 from kfac_func.layers import unstructured
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, example_weight
 
 Sharing = Literal["expand", "reduce"]
 
@@ -203,10 +203,10 @@ def _chunks(
     plan: Plan,
 ) -> Iterator[Chunk]:
     z, n = run.outputs, run.examples
-    total = n**0.5 if loss.reduction == "sum" else 1.0  # F of a sum is N times that of the mean
+    total = (n * example_weight(loss, n)) ** 0.5  # F of a sum is N times that of the mean
     flip = plan.shared and not source.zero_mean
     if source.own and not flip:
-        scale = total if loss.reduction == "sum" else n  # from ∂L/∂z to the gradient of every example's own loss
+        scale = total / example_weight(loss, n)  # from ∂L/∂z to the gradient of every example's own loss
         taps, rest = own
         yield Chunk(
             tuple((scale * g).unsqueeze(0) for g in taps), {p: (scale * g).unsqueeze(0) for p, g in rest.items()}

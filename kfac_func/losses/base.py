@@ -184,6 +184,15 @@ def diagonal_family(
     return Family(check, value, weights, noise_shape, sample, residual, root, curve)
 
 
+def example_weight(loss: Loss, examples: int) -> float:
+    """The weight of every example's own loss in the value: 1 for "sum", else 1/N.
+
+    >>> example_weight(kf.losses.mse(), 4)
+    0.25
+    """
+    return 1.0 if loss.reduction == "sum" else 1 / examples
+
+
 def outputs_per_example(z: Tensor) -> int:
     """D, the number of outputs of one example of z [N, *out]."""
     return math.prod(z.shape[1:])

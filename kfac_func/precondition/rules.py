@@ -62,3 +62,15 @@ def block_damping(state: KFacState) -> dict[str, Tensor]:
         layout.name: (covered if layout.leaves[0] in rules.decayed else plain)[pattern]
         for layout, pattern in zip(rules.layouts, patterns, strict=True)
     }
+
+
+def leaf_damping(state: KFacState) -> Tensor | dict[str, Tensor]:
+    """λ as a quadratic model adds it, without the l2 term: one number, or by the path of every leaf in a block."""
+    rules, values = state.rules.value, state.damping
+    if not isinstance(values, dict):
+        return values
+    return {
+        path: values[pattern]
+        for layout, pattern in zip(rules.layouts, rules.patterns, strict=True)
+        for path in layout.leaves
+    }

@@ -68,7 +68,10 @@ def link(
     tree = blockwise(curvature) if isinstance(curvature, Structure) else curvature
     _check_periods(tree, stagger, scale_every)
     patterns = tuple(damping) if isinstance(damping, Mapping) else ()
-    options = Options(split, decay, average, refresh_every, scale_every, growing, stagger, burn_in, float(l2), patterns)
+    values = damping.values() if isinstance(damping, Mapping) else (damping,)
+    driven = any(not isinstance(value, (int, float)) for value in values)
+    periods = (refresh_every, scale_every, growing, stagger, burn_in)
+    options = Options(split, decay, average, *periods, float(l2), patterns, driven)
     return preconditioner(tree, damping, options, l2_mask)
 
 

@@ -20,11 +20,12 @@ from kfac_func.estimators import Stats
 from kfac_func.precondition.averages import absorbed, factorized, refreshed, scaled
 from kfac_func.precondition.batch import Batch
 from kfac_func.precondition.periods import refresh_due, scale_due
-from kfac_func.precondition.rules import attached, curvature_of
+from kfac_func.precondition.rules import attached, curvature_of, leaf_damping
 from kfac_func.state import KFacState, Options, Rules, inside
 from kfac_func.transforms import GradientTransformation
 from kfac_func.transforms.base import zero_count
 from kfac_func.transforms.masks import Mask, selected
+from kfac_func.transforms.trail import Trail
 
 Damping = ScalarOrSchedule | Mapping[str, ScalarOrSchedule]
 """λ of all blocks, or by patterns of paths."""
@@ -63,6 +64,7 @@ def preconditioner(
         stats: Stats | Sequence[Stats] | None = None,
         refresh: bool | None = None,
         scale: bool | None = None,
+        trail: Trail | None = None,
         inplace: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, KFacState]:
@@ -70,6 +72,8 @@ def preconditioner(
         state = attached(state, curvature)
         state = _scheduled(state, damping)
         state = _advanced(state, stats, refresh, scale)
+        if trail is not None:
+            trail.covector, trail.damping = updates, leaf_damping(state)
         return precondition(state, updates), state._replace(step=state.step + 1)
 
     return GradientTransformation(init, update)

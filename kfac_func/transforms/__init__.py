@@ -28,10 +28,16 @@ from kfac_func.transforms.masking import MaskedState as MaskedState
 from kfac_func.transforms.masking import PartitionState as PartitionState
 from kfac_func.transforms.masking import masked as masked
 from kfac_func.transforms.masking import partition as partition
+from kfac_func.transforms.masks import Mask as Mask
+from kfac_func.transforms.masks import selected as selected
 from kfac_func.transforms.moments import ScaleByAdamState as ScaleByAdamState
 from kfac_func.transforms.moments import TraceState as TraceState
 from kfac_func.transforms.moments import scale_by_adam as scale_by_adam
 from kfac_func.transforms.moments import trace as trace
+from kfac_func.transforms.norms import ClipByKLState as ClipByKLState
+from kfac_func.transforms.norms import FisherNormState as FisherNormState
+from kfac_func.transforms.norms import clip_by_kl as clip_by_kl
+from kfac_func.transforms.norms import normalize_by_fisher_norm as normalize_by_fisher_norm
 from kfac_func.transforms.optimizers import adam as adam
 from kfac_func.transforms.optimizers import adamw as adamw
 from kfac_func.transforms.optimizers import sgd as sgd
@@ -42,6 +48,8 @@ from kfac_func.transforms.reading import tree_set as tree_set
 from kfac_func.transforms.scaling import scale as scale
 from kfac_func.transforms.scaling import scale_by_learning_rate as scale_by_learning_rate
 from kfac_func.transforms.scaling import scale_by_schedule as scale_by_schedule
+from kfac_func.transforms.trail import Trail as Trail
+from kfac_func.transforms.trail import tree_vdot as tree_vdot
 from kfac_func.transforms.wrappers import ApplyIfFiniteState as ApplyIfFiniteState
 from kfac_func.transforms.wrappers import MultiStepsState as MultiStepsState
 from kfac_func.transforms.wrappers import apply_if_finite as apply_if_finite

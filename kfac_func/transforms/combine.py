@@ -11,6 +11,7 @@ import torch
 from kfac_func._errors import HyperparameterError, StateError, explain
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, identity
+from kfac_func.transforms.trail import Trail
 
 
 def chain(*members: Any) -> GradientTransformation:
@@ -20,6 +21,7 @@ def chain(*members: Any) -> GradientTransformation:
     or an optax-strict one, whose `update(updates, state, params=None)` knows nothing more. Each is passed those
     keywords (`params`, `stats`, `inplace=False`, extras) that its signature accepts, read once, here; a third
     positional argument under any other name is taken to be the params. The state is the tuple of the members' states.
+    The extra `trail` tells members what entered the chain and what its preconditioner was given (see `Trail`).
 
     Members of the class GradientTransformation promise fresh updates. As others do not (momentum in torchopt returns
     its own trace), their updates are copied when they come last.
@@ -43,7 +45,7 @@ def chain(*members: Any) -> GradientTransformation:
         del inplace
         if not isinstance(state, tuple) or len(state) != len(links):
             raise StateError(_foreign_state(state, f"the tuple of {len(links)} states that init returned"))
-        options = {**extra, "params": params, "stats": stats, "inplace": False}
+        options = {"trail": Trail(updates), **extra, "params": params, "stats": stats, "inplace": False}
         states = []
         for link, old in zip(links, state, strict=True):
             updates, new = link.update(updates, old, options)
@@ -107,7 +109,13 @@ class _Link(NamedTuple):
     update: Callable[[PyTree, PyTree, dict[str, Any]], tuple[PyTree, PyTree]]
 
 
+def _pair(member: Any) -> GradientTransformation:
+    return GradientTransformation(member.init, member.update)
+
+
 def _link(member: Any, where: str) -> _Link:
+    if isinstance(member, tuple) and hasattr(member, "init") and hasattr(member, "update"):
+        member = _pair(member)
     if not (isinstance(member, tuple) and len(member) == 2 and all(callable(part) for part in member)):
         raise HyperparameterError(
             explain(

@@ -166,7 +166,8 @@ def multi_steps(inner: Any, every: int) -> GradientTransformation:
     def init(params: PyTree) -> MultiStepsState:
         return MultiStepsState(zero_count(), zero_count(), tree_map(torch.zeros_like, params), (), inner.init(params))
 
-    def update(updates, state, params=None, *, stats=None, emit=None, **extra):
+    def update(updates, state, params=None, *, stats=None, emit=None, trail=None, **extra):
+        del trail  # what entered the chain around is one part of the gradient of the step
         calls = state.mini_step + 1
         total = map_updates(torch.add, updates, state.acc_grads)
         zeros = tree_map(torch.zeros_like, updates)
