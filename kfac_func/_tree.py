@@ -238,9 +238,16 @@ def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:
 
 def map_nodes(fn: Callable[[Any], Any], tree: PyTree, kind: type) -> PyTree:
     """Replace every node of the given type, leaving everything else as it is."""
+    if torch.compiler.is_compiling():
+        if isinstance(tree, kind):
+            return fn(tree)
+        children = _children(tree)
+        return tree if children is None else _rebuilt(tree, {key: map_nodes(fn, x, kind) for key, x in children})
     return optree.tree_map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
 
 
 def nodes(tree: PyTree, kind: type[T]) -> list[T]:
     """Every node of the given type."""
+    if torch.compiler.is_compiling():
+        return [tree] if isinstance(tree, kind) else [x for _, y in _children(tree) or [] for x in nodes(y, kind)]
     return [x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]

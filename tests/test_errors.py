@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kfac_func as kf
 from kfac_func import _tree, errors
 from kfac_func.blocks import Layout, pack
-from tests import error_cases
+from tests import control_error_cases, error_cases
 from tests.error_cases import Case, wrong
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -142,7 +142,7 @@ HYPER, MISMATCH, CAPTURE, STATE = (
     errors.HyperparameterError, errors.TreeMismatchError, errors.CaptureError, errors.StateError,
 )  # fmt: skip
 
-CASES = error_cases.CASES | {
+CASES = error_cases.CASES | control_error_cases.CASES | {
     "trees differ": Case(mapped({"a": 1}, {"b": 1}), MISMATCH, "'a'", "the same parameters"),
     "no such leaf": Case(lambda: _tree.replace_leaves({"a": 1}, {"b": 2}), MISMATCH, "'b'", "structure of the param"),
     "one path twice": Case(plan(FN, {"a.b": W, "a": {"b": W}}), MISMATCH, "'a.b'", "rename"),

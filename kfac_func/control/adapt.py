@@ -241,11 +241,14 @@ def _judged(
 
 
 def _taken_back(raised: Bool[Tensor, ""], new: Any, old: Any) -> Any:
-    """The old states where the loss rose; those of K-FAC are the new ones always."""
-    learned = iter(_tree.nodes(new, KFacState))
+    """The old states where the loss rose. Those of K-FAC are the new ones always, and so are the numbers of the trial."""
+    learned, tried = _tree.nodes(new, KFacState)[::-1], _tree.nodes(new, QuadraticModelState)[::-1]
     emptied = [_tree.map_nodes(lambda _: _Hole(), state, KFacState) for state in (new, old)]
     chosen = tree_map(lambda n, o: torch.where(raised.to(n.device), o.to(n.device), n), *emptied)
-    return _tree.map_nodes(lambda _: next(learned), chosen, _Hole)
+    chosen = _tree.map_nodes(lambda _: learned.pop(), chosen, _Hole)
+    return _tree.map_nodes(
+        lambda own: tried.pop()._replace(step=own.step, velocity=own.velocity), chosen, QuadraticModelState
+    )
 
 
 def _measure(model: QuadraticModel | None, batch: Any) -> Callable[[PyTree], Tensor]:

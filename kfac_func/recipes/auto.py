@@ -68,7 +68,7 @@ def kfac_auto(
     averaging: float = 0.7,
     refresh_every: int = 5,
     reject: bool = False,
-    examples: int | None = None,
+    examples: int | None = 256,
     **options: Any,
 ) -> Auto:
     r"""K-FAC that chooses its rate, momentum and damping itself. The chain, to copy and change:
@@ -86,7 +86,8 @@ def kfac_auto(
     curvature       as in `kfac`                estimator  of the statistics, default `monte_carlo()`
     averaging       β: what is preconditioned is the average of gradients, m ← βm + (1 − β)g, zero-debiased. A model
                     of one batch believes the noise of that batch; the average has less. 0 for full batches
-    refresh_every   as in `kfac`                examples   of a batch that the model looks at, default all
+    refresh_every   as in `kfac`
+    examples        of a batch that the model looks at, the first ones; None: all
     reject          take steps back after which the loss of their batch is higher: one more forward pass per step
 
     `step` makes one forward pass for value, gradient and statistics, one jvp per direction, and every fifth time one

@@ -21,6 +21,7 @@ from kfac_func.transforms import (
     average_params,
     chain,
     clip_by_global_norm,
+    clip_by_kl,
     ema,
     masked,
     multi_steps,
@@ -32,22 +33,12 @@ from kfac_func.transforms import (
     sgd,
     trace,
 )
-from tests.contracts.transforms import ROWS, Row, falling, named, nested
+from tests.contracts.transforms import ROWS, Row, falling, named, nested, tree
 
 STEPS = 3
 
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-
-
-def tree(seed: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Unsorted keys, a nested tuple, and a leaf without dimensions."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn((*batch, *shape), generator=g, dtype=torch.float64).to(dtype)
-
-    return {"w": draw(3, 2), "b": draw(3), "deep": (draw(2), draw())}
 
 
 def storages(*trees: Any) -> set[int]:
@@ -187,9 +178,11 @@ NO_TRANSFORMATIONS = {
     transforms.averaged_params,
     transforms.global_norm,
     transforms.inject_hyperparams,
+    transforms.selected,
     transforms.stateless,
     transforms.tree_get,
     transforms.tree_set,
+    transforms.tree_vdot,
 }
 
 
@@ -218,6 +211,9 @@ WRONG_OPTIONS = [
     (scale_by_adam, {"eps_root": -1.0}),
     (clip_by_global_norm, {"max_norm": 0.0}),
     (clip_by_global_norm, {"max_norm": -1.0}),
+    (clip_by_kl, {"learning_rate": 0.1, "max_kl": 0.0}),
+    (clip_by_kl, {"max_kl": 0.1, "learning_rate": -0.1}),
+    (clip_by_kl, {"max_kl": 0.1, "learning_rate": float("inf")}),
     (add_decayed_weights, {"weight_decay": -0.1}),
     (sgd, {"learning_rate": -1}),
     (sgd, {"learning_rate": 0.1, "momentum": 1.0}),

@@ -16,12 +16,14 @@ from kfac_func.transforms import (
     average_params,
     chain,
     clip_by_global_norm,
+    clip_by_kl,
     ema,
     identity,
     inject_hyperparams,
     masked,
     multi_steps,
     named_chain,
+    normalize_by_fisher_norm,
     partition,
     reduce_on_plateau,
     scale,
@@ -50,6 +52,16 @@ class Row(NamedTuple):
     changed: dict[str, Any]
     extras: Callable[[int], dict[str, Any]] = nothing
     unread: Callable[[int], dict[str, Any]] = nothing
+
+
+def tree(seed: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Unsorted keys, a nested tuple, and a leaf without dimensions."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn((*batch, *shape), generator=g, dtype=torch.float64).to(dtype)
+
+    return {"w": draw(3, 2), "b": draw(3), "deep": (draw(2), draw())}
 
 
 def falling(count):
@@ -91,6 +103,11 @@ def loss(step: int) -> dict[str, Any]:
     return {"value": (1.0, torch.tensor(0.95), 0.96)[step % 3]}
 
 
+def behind(step: int) -> dict[str, Any]:
+    """The gradient that a direction was made of: twice the direction of that step."""
+    return {"gradient": tree_map(lambda g: 2 * g, tree(1 + step))}
+
+
 def second(step: int) -> dict[str, Any]:
     return {"emit": step % 2 == 1}
 
@@ -114,6 +131,10 @@ ROWS = [
     Row("scale_by_adam", scale_by_adam, ADAM, ADAM_CHANGED),
     Row("clip", clip_by_global_norm, {"max_norm": 0.5}, {"max_norm": 0.25}),
     Row("clip_inactive", clip_by_global_norm, {"max_norm": 1e6}, {"max_norm": 0.25}),
+    Row("kl", clip_by_kl, {"max_kl": 0.1, "learning_rate": 0.5}, {"max_kl": 0.2, "learning_rate": 1.0}, behind),
+    Row("kl_schedule", clip_by_kl, {"max_kl": 0.1, "learning_rate": falling}, {"learning_rate": cosine(0.5)}, behind),
+    Row("kl_inactive", clip_by_kl, {"max_kl": 1e6, "learning_rate": 0.5}, {"max_kl": 0.1}, behind),
+    Row("fisher_norm", normalize_by_fisher_norm, {}, {}, behind),
     Row("decay", add_decayed_weights, {"weight_decay": 0.1}, {"weight_decay": 0.2, "mask": "w"}),
     Row("decay_schedule", add_decayed_weights, {"weight_decay": cosine(0.1)}, {"weight_decay": cosine(0.2)}),
     Row("sgd", sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.1}),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kfac_func as kf
-from kfac_func._tree import nodes, ravel
+from kfac_func._tree import leaves, nodes, ravel
 from kfac_func.transforms.norms import ClipByKLState
 from tests.unit.transforms.problem import PARAMS, X, Y, close, passed
 
@@ -206,7 +206,8 @@ def adapted(steps: int = 4, **options: Any) -> tuple[float, Any]:
         _, grads, stats = run(params, (X, Y))
         updates, state = tx.update(grads, state, params, stats=stats, batch=(X, Y))
         params = kf.apply_updates(params, updates)
-    return float(nodes(state, kf.KFacState)[0].damping), state
+    (damping,) = leaves(nodes(state, kf.KFacState)[0].damping)
+    return float(damping), state
 
 
 @pytest.mark.parametrize("kind", ["regular", "adam"])
