@@ -91,7 +91,7 @@ def adapt_damping(
         δ, proposal = tx.propose(grads, state, params, stats=..., batch=...)
         δ, state = tx.accept(δ, proposal, before=h(θ), after=h(θ + δ))          without losses where not tx.due(state)
 
-    A step for which the model foretells no change at all is no evidence. State: `AdaptDampingState`. Raises
+    Changes below ten roundings of h are no evidence and no rise. State: `AdaptDampingState`. Raises
     HyperparameterError for K-FAC whose damping is a schedule or a tensor (it would be overwritten), for options that
     contradict each other, and naming what `update` lacks; StateError without K-FAC inside.
     Source: Martens & Grosse 2015 (1503.05671), §6.5; the unit of damping is ours.
@@ -221,8 +221,9 @@ def _judged(
 ) -> tuple[PyTree, AdaptDampingState]:
     """ρ, the damping it asks for, and (with `reject`) the old place where the loss rose."""
     before, after = (torch.as_tensor(x).to(predicted) for x in (before, after))
-    raised = ~(after <= before)
-    evidence = ~((predicted == 0) & (after == before))
+    finest = 10 * max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(updates)) * before.abs()
+    raised = ~(after <= before + finest)
+    evidence = ~((predicted.abs() <= finest) & ((after - before).abs() <= finest))
     ratio = torch.where(evidence, (after - before) / torch.where(evidence, predicted, 1.0), 1.0)
     timely = ((new.step % rule.interval) == 0).to(ratio.device)
     judged = evidence & (timely | raised if reject else timely)
@@ -241,7 +242,7 @@ def _judged(
 
 
 def _taken_back(raised: Bool[Tensor, ""], new: Any, old: Any) -> Any:
-    """The old states where the loss rose. Those of K-FAC are the new ones always, and so are the numbers of the trial."""
+    """The old states where the loss rose; always the new ones of K-FAC, and the numbers of the trial."""
     learned, tried = _tree.nodes(new, KFacState)[::-1], _tree.nodes(new, QuadraticModelState)[::-1]
     emptied = [_tree.map_nodes(lambda _: _Hole(), state, KFacState) for state in (new, old)]
     chosen = tree_map(lambda n, o: torch.where(raised.to(n.device), o.to(n.device), n), *emptied)

@@ -6,6 +6,7 @@ M(δ) = ½ δᵀ(F + γR)δ + ∇hᵀδ,    δ = Σ_k w_k v_k        A_jk = v_j�
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_func import _tree
-from kfac_func._errors import HyperparameterError, TreeMismatchError, at_least, explain
+from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
 from kfac_func._typing import Model, PyTree
+from kfac_func.capture import batch_size
 from kfac_func.losses import Loss, example_weight
 from kfac_func.transforms.masks import Mask, selected
 
@@ -56,16 +58,18 @@ class Form(NamedTuple):
 class QuadraticModel(NamedTuple):
     """An objective h and its quadratic model: what `scale_by_quadratic_model` and `adapt_damping` share.
 
-    form   (params, batch, directions, gradient of the loss, damping=0) -> Form; λ as one number or by leaf path
-    value  (params, batch) -> h(θ), float64, on the whole batch
+    form     (params, batch, directions, gradient of the loss, damping=0) -> Form; λ as one number or by leaf path
+    value    (params, batch) -> h(θ), float64, on the whole batch
+    penalty  params -> γ/2 θᵀRθ, float64
     """
 
     form: Callable[..., Form]
     value: Callable[[PyTree, Any], Tensor]
+    penalty: Callable[[PyTree], Tensor]
 
 
 def quadratic_model(
-    fn: Model, loss: Loss, *, l2: float = 0.0, mask: Mask | None = None, examples: int | None = None
+    fn: Model, loss: Loss, *, l2: float = 0.0, mask: Mask | None = None, examples: int | float = 1.0
 ) -> QuadraticModel:
     r"""The objective h(θ) = L(θ) + γ/2 θᵀRθ and its quadratic model, with the exact GGN of L as F.
 
@@ -74,8 +78,8 @@ def quadratic_model(
     fn, loss   as in `value_grad_and_stats`; F is that of the loss in its own normalisation
     l2, mask   γ ≥ 0 and the leaves that the diagonal R of zeros and ones covers: `mask` as in `masked`, default all.
                The gradients that are passed are those of L alone; γRθ is added here
-    examples   look at the first so many examples of a batch only; default all. The curvature of a model on few
-               examples is noisy, its slope is not: it is made of the gradient
+    examples   look at the first examples of a batch only: so many of them (an int), or this part of them (a float in
+               (0, 1]). The curvature of a model on few examples is noisy, its slope is not: it is made of the gradient
 
     Raises HyperparameterError for values without meaning, TreeMismatchError for directions unlike the parameters.
     Attention runs in its mathematical form, because fused kernels have no forward derivative.
@@ -96,7 +100,10 @@ def quadratic_model(
                 "mask and l2 contradict each other.", got="a mask and l2=0", options="l2=1e-5; or leave out the mask"
             )
         )
-    at_least(1, examples=examples)
+    if not (0 < examples <= 1 or (isinstance(examples, int) and examples >= 1)):
+        raise HyperparameterError(
+            explain("examples has a value that has no meaning.", got=examples, wanted="an int, or a float in (0, 1]")
+        )
 
     def covered(params: PyTree) -> dict[str, Any]:
         return {path: l2 * meant for path, meant in selected(mask, params).items()} if l2 else {}
@@ -109,7 +116,7 @@ def quadratic_model(
         return loss.value(fn(params, inputs), targets).to(torch.float64) + penalty(params)
 
     def form(params: PyTree, batch: Any, directions: Sequence[PyTree], gradient: PyTree, damping: Any = 0.0) -> Form:
-        inputs, targets = _tree.tree_map(lambda x: x[:examples], batch) if examples else batch
+        inputs, targets = _first(batch, examples)
         leaves, paths, pulled = _tree.leaves(params), list(_tree.unique_paths(params)), covered(params)
         vs, own = [_like(params, v) for v in directions], _like(params, gradient)
         z, dzs = _pushed(fn, params, inputs, vs)
@@ -124,7 +131,14 @@ def quadratic_model(
             value=loss.value(z, targets).to(torch.float64) + 0.5 * decayed[0, 0],
         )
 
-    return QuadraticModel(form, value)
+    return QuadraticModel(form, value, penalty)
+
+
+def _first(batch: Any, examples: int | float) -> Any:
+    if examples == 1.0 and isinstance(examples, float):
+        return batch
+    count = examples if isinstance(examples, int) else math.ceil(examples * batch_size(batch[0]))
+    return tuple(_tree.tree_map(lambda x: x[:count], part) for part in batch)
 
 
 def _like(params: PyTree, tree: PyTree) -> list[Tensor]:
@@ -149,10 +163,11 @@ def _dots(trees: Sequence[list[Tensor]], paths: list[str], weights: Any) -> Floa
         weight = weights.get(path) if isinstance(weights, Mapping) else weights
         if weight is None or (isinstance(weight, (int, float)) and weight == 0):
             continue
-        rows = torch.stack([leaf.reshape(-1) for leaf in leaves])
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        weight = weight.to(total) if isinstance(weight, Tensor) else weight
-        total = total + weight * (rows @ rows.mT).to(total)
+        kind = torch.promote_types(leaves[0].dtype, torch.float32)
+        rows = [leaf.reshape(-1).to(kind) for leaf in leaves]
+        lower = [[torch.dot(x, y).to(total) for y in rows[: j + 1]] for j, x in enumerate(rows)]
+        gram = [torch.stack([lower[max(j, k)][min(j, k)] for k in range(len(rows))]) for j in range(len(rows))]
+        total = total + (weight.to(total) if isinstance(weight, Tensor) else weight) * torch.stack(gram)
     return total
 
 

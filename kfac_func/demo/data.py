@@ -20,10 +20,12 @@ _SAMPLES = 160
 _CHUNK = 100
 
 
-def curves(count: int, generator: torch.Generator, *, sigma: float = 0.49, ink: float = 1.8) -> torch.Tensor:
-    """Draw `count` grey images [count, 784] in [0, 1], each of one curve p through three random points P.
+def curves(
+    count: int, generator: torch.Generator, *, side: int = SIDE, sigma: float = 0.49, ink: float = 1.8
+) -> torch.Tensor:
+    """Draw `count` grey images [count, side²] in [0, 1], each of one curve p through three random points P.
 
-        p(t) = P₀ (2t - 1)(t - 1) + P₁ 4t(1 - t) + P₂ t(2t - 1),    0 ≤ t ≤ 1,    P uniform in [4, 24]² pixels
+        p(t) = P₀ (2t - 1)(t - 1) + P₁ 4t(1 - t) + P₂ t(2t - 1),    0 ≤ t ≤ 1,    P uniform in [1/7, 6/7]² of the side
         image(x) = min(1, ink · exp(-min_t |x - p(t)|² / 2σ²))
 
     `sigma` is the half width σ of the stroke in pixels, `ink` its height before clipping. The generator must be on the
@@ -34,11 +36,11 @@ def curves(count: int, generator: torch.Generator, *, sigma: float = 0.49, ink: 
     >>> images.shape, bool(images.min() >= 0), bool(images.max() <= 1)
     (torch.Size([3, 784]), True, True)
     """
-    points = 4 + 20 * torch.rand(count, 3, 2, generator=generator)
+    points = (4 + 20 * torch.rand(count, 3, 2, generator=generator)) * (side / SIDE)
     t = torch.linspace(0, 1, _SAMPLES)
     lagrange = torch.stack([(2 * t - 1) * (t - 1), 4 * t * (1 - t), t * (2 * t - 1)], dim=1)
     paths = lagrange @ points
-    pixels = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()
+    pixels = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     distances = torch.cat([torch.cdist(pixels, chunk).amin(dim=-1) for chunk in paths.split(_CHUNK)])
     return (ink * torch.exp(-0.5 * (distances / sigma) ** 2)).clamp(max=1)
 

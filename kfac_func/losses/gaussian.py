@@ -63,4 +63,6 @@ def mse(reduction: str = "mean", scale: float = 1.0) -> Loss:
     def deviation(z: Tensor) -> Tensor:
         return torch.full_like(z, math.sqrt(2 * scale))
 
-    return assemble(diagonal_family(value, weights, sample, residual, deviation), reduction)
+    family = diagonal_family(value, weights, sample, residual, deviation)
+    exact = family._replace(curve=lambda z, v: torch.full_like(z, 2 * scale) * v)  # without the rounding of a root
+    return assemble(exact, reduction)

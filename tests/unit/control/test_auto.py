@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,13 +33,13 @@ def trained(auto: kf.recipes.Auto, steps: int, params: PyTree = CASE.params, bat
 
 
 def test_the_step_is_the_chain_that_the_docstring_shows():
-    options = {"estimator": kf.estimators.exact()}
+    options: dict[str, Any] = {"estimator": kf.estimators.exact()}
     params, _, infos = trained(kf.kfac_auto(CASE.fn, CASE.loss, l2=1e-2, l2_mask="*.w", **options), 12)
-    model = kf.quadratic_model(CASE.fn, CASE.loss, l2=1e-2, mask="*.w", examples=256)
+    model = kf.quadratic_model(CASE.fn, CASE.loss, l2=1e-2, mask="*.w", examples=0.5)
     inner = kf.chain(
         kf.ema(0.7),
         kf.add_decayed_weights(1e-2, "*.w"),
-        kf.kfac(damping=5e-4, l2=1e-2, l2_mask="*.w", refresh_every=5),
+        kf.kfac(damping=1.5e-4, l2=1e-2, l2_mask="*.w", refresh_every=5),
         kf.scale_by_quadratic_model(model),
     )
     tx = kf.adapt_damping(inner, kf.levenberg_marquardt(min=5e-6), model=model, calibrate=True)
@@ -49,22 +50,24 @@ def test_the_step_is_the_chain_that_the_docstring_shows():
         _, grads, stats = step(mine, CASE.batch)
         updates, state = tx.update(grads, state, mine, stats=stats, batch=CASE.batch)
         mine = kf.apply_updates(mine, updates)
-        assert float(info.damping) == float(inside(state)[0].damping) and float(info.rho) == float(state.ratio)
+        assert float(info.damping) == float(_tree.leaves(inside(state)[0].damping)[0])
+        assert float(info.rho) == float(state.ratio)
         assert float(info.learning_rate) == float(state.inner[-1].learning_rate)
         assert float(info.momentum) == float(state.inner[-1].momentum)
     assert same(params, mine)
 
 
 def test_equal_states_make_equal_steps_and_nothing_is_written():
-    auto = kf.kfac_auto(CASE.fn, CASE.loss)
-    params, state, _ = trained(auto, 1)
+    case = CASES["bernoulli"]
+    auto = kf.kfac_auto(case.fn, case.loss)
+    params, state, _ = trained(auto, 3, case.params, case.batch)
     before = copy.deepcopy((params, state))
     rng = torch.get_rng_state()
-    one = auto.step(params, state, CASE.batch)
+    one = auto.step(params, state, case.batch)
     assert same(before, (params, state))
     assert torch.equal(rng, torch.get_rng_state())
-    assert same(one, auto.step(params, state, CASE.batch))
-    assert not same(one[:2], auto.step(params, state, CASE.batch, torch.Generator().manual_seed(7))[:2])
+    assert same(one, auto.step(params, state, case.batch))
+    assert not same(one[:2], auto.step(params, state, case.batch, torch.Generator().manual_seed(7))[:2])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_equal_states_make_equal_steps_and_nothing_is_written():
         {"l2": 0.1},
         {"averaging": 0.0},
         {"refresh_every": 1},
-        {"examples": 4},
+        {"examples": 3},
         {"curvature": kf.curvature.eigen()},
         {"estimator": kf.estimators.empirical()},
         {"sharing": "reduce", "estimator": kf.estimators.empirical()},
@@ -97,7 +100,7 @@ def test_steps_that_raise_the_loss_are_taken_back_on_request():
         params, state, info = auto.step(params, state, CASE.batch)
         losses.append(float(info.loss))
     assert int(state.rejected) > 0
-    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(losses))
     assert losses[-1] < 0.1 * losses[0]
 
 

@@ -48,4 +48,6 @@ def test_two_steps_compile(name: str):
     mine = other = (PARAMS, tx.init(PARAMS))
     for _ in range(2):
         mine, other = compiled(*mine), one(*other)
-    assert all(close(x, y) for x, y in zip(_tree.leaves(mine), _tree.leaves(other), strict=True) if x.is_floating_point())
+    assert all(
+        close(x, y) for x, y in zip(_tree.leaves(mine), _tree.leaves(other), strict=True) if x.is_floating_point()
+    )
