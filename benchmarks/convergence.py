@@ -62,7 +62,7 @@ PROBLEMS = {
     "small": Problem(_small, (144, 100, 50, 25, 6), 1000, 1e-5, range(3), (50, 100, 300)),
     "curves": Problem(_curves, CURVES, 500, 0.0, range(1), (50, 100, 200)),
     "deep": Problem(_curves, (784, 400, 200, 100, 50, 25, 6), 500, 0.0, range(1), (50, 100, 200)),
-    "digits": Problem(data.digits, DIGITS, 128, 0.0, range(20), (50, 100, 400)),
+    "digits": Problem(data.digits, DIGITS, 128, 0.0, range(20), (50, 100, 200)),
 }
 
 

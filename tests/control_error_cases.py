@@ -62,7 +62,7 @@ CASES = {
     "bounds": Case(lambda: kf.levenberg_marquardt(min=1.0, max=0.1), HYPER, "min and max", "max=0.1"),
     "model: l2": Case(lambda: kf.quadratic_model(FN, MSE, l2=-1.0), HYPER, "l2", "not negative"),
     "model: mask": Case(lambda: kf.quadratic_model(FN, MSE, mask="w*"), HYPER, "mask and l2", "leave out the mask"),
-    "model: examples": Case(lambda: kf.quadratic_model(FN, MSE, examples=0), HYPER, "examples", "at least 1"),
+    "model: examples": Case(lambda: kf.quadratic_model(FN, MSE, examples=0), HYPER, "examples", "a float in (0, 1]"),
     "model: directions": Case(
         lambda: MODEL.form(PARAMS, BATCH, [{"v": torch.ones(2)}], PARAMS), MISMATCH, "'v' of shape [2]", "pass trees"
     ),

@@ -68,12 +68,12 @@ def kfac_auto(
     averaging: float = 0.7,
     refresh_every: int = 5,
     reject: bool = False,
-    examples: int | float = 0.5,
+    examples: int | float = 1.0,
     **options: Any,
 ) -> Auto:
     r"""K-FAC that chooses its rate, momentum and damping itself. The chain, to copy and change:
 
-        inner = chain(ema(0.7), add_decayed_weights(l2), kfac(damping=1.5e-4, l2=l2, refresh_every=5),
+        inner = chain(ema(0.7), add_decayed_weights(l2), kfac(damping=5e-4, l2=l2, refresh_every=5),
                       scale_by_quadratic_model(model))
         adapt_damping(inner, levenberg_marquardt(min=5e-6), model=model, calibrate=True)
 
@@ -87,7 +87,8 @@ def kfac_auto(
     averaging       β: what is preconditioned is the average of gradients, m ← βm + (1 − β)g, zero-debiased. A model
                     of one batch believes the noise of that batch; the average has less. 0 for full batches
     refresh_every   as in `kfac`
-    examples        of a batch that the model looks at, as in `quadratic_model`; ρ is measured on all
+    examples        of a batch that the model looks at, as in `quadratic_model`. Fewer save time, but a direction that
+                    these examples do not feel gets too long a step: only for batches of hundreds
     reject          take steps back after which the loss of their batch is higher: one more forward pass per step
 
     `step` makes one forward pass for value, gradient and statistics, one jvp per direction, and every fifth time one
@@ -109,7 +110,7 @@ def kfac_auto(
     inner = chain(
         ema(averaging),
         *pull,
-        kfac(curvature, damping=1.5e-4, refresh_every=refresh_every, l2=l2, l2_mask=l2_mask),
+        kfac(curvature, damping=5e-4, refresh_every=refresh_every, l2=l2, l2_mask=l2_mask),
         scale_by_quadratic_model(model),
     )
     tx = adapt_damping(inner, levenberg_marquardt(min=5e-6), model=model, reject=reject, calibrate=True)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import kfac_func as kf
 from kfac_func import _tree
 from kfac_func._typing import PyTree
+from kfac_func.demo.data import curves
+from kfac_func.demo.models import autoencoder
 from kfac_func.state import inside
 from tests.zoo import CASES, close, randn
 
@@ -35,11 +37,11 @@ def trained(auto: kf.recipes.Auto, steps: int, params: PyTree = CASE.params, bat
 def test_the_step_is_the_chain_that_the_docstring_shows():
     options: dict[str, Any] = {"estimator": kf.estimators.exact()}
     params, _, infos = trained(kf.kfac_auto(CASE.fn, CASE.loss, l2=1e-2, l2_mask="*.w", **options), 12)
-    model = kf.quadratic_model(CASE.fn, CASE.loss, l2=1e-2, mask="*.w", examples=0.5)
+    model = kf.quadratic_model(CASE.fn, CASE.loss, l2=1e-2, mask="*.w")
     inner = kf.chain(
         kf.ema(0.7),
         kf.add_decayed_weights(1e-2, "*.w"),
-        kf.kfac(damping=1.5e-4, l2=1e-2, l2_mask="*.w", refresh_every=5),
+        kf.kfac(damping=5e-4, l2=1e-2, l2_mask="*.w", refresh_every=5),
         kf.scale_by_quadratic_model(model),
     )
     tx = kf.adapt_damping(inner, kf.levenberg_marquardt(min=5e-6), model=model, calibrate=True)
@@ -76,7 +78,7 @@ def test_equal_states_make_equal_steps_and_nothing_is_written():
         {"l2": 0.1},
         {"averaging": 0.0},
         {"refresh_every": 1},
-        {"examples": 3},
+        {"examples": 0.5},
         {"curvature": kf.curvature.eigen()},
         {"estimator": kf.estimators.empirical()},
         {"sharing": "reduce", "estimator": kf.estimators.empirical()},
@@ -125,6 +127,15 @@ def test_it_fits_other_nets_and_scales_of_the_loss(name: str, factor: float):
     params, _, infos = trained(kf.kfac_auto(fn, loss), 60, params, (x, y))
     assert math.isfinite(float(infos[-1].loss))
     assert float(infos[-1].loss) < 0.1 * float(infos[0].loss)
+
+
+def test_the_small_autoencoder_of_the_benchmark_is_below_30_after_100_steps():
+    """Also run to the end, for three seeds, by benchmarks/convergence.py."""
+    images = curves(1000, torch.Generator().manual_seed(0), side=12, sigma=0.8)
+    loss = kf.losses.bce_with_logits(reduction="batchmean")
+    fn, params = kf.make_functional(autoencoder((144, 100, 50, 25, 6), seed=0))
+    params, _, _ = trained(kf.kfac_auto(fn, loss, l2=1e-5), 100, params, (images, images))
+    assert loss.value(fn(params, images), images) < 30
 
 
 def test_states_are_saved_and_go_on(tmp_path: Any):

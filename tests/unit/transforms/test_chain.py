@@ -38,10 +38,11 @@ def seen_by(update, seen):
 
 
 def test_members_get_what_their_signature_accepts():
-    seen = []
+    seen, trails = [], []
 
-    def report(updates, state, **got):
+    def report(updates, state, trail=None, **got):
         seen.append(got)
+        trails.append(trail)
         return updates, state
 
     def nothing(updates, state):
@@ -98,6 +99,7 @@ def test_members_get_what_their_signature_accepts():
     }
     for update, wanted in table.items():
         assert seen_by(update, seen) == wanted, update
+    assert any(trail is not None and trail.gradient is GRADS for trail in trails)
 
 
 def test_signatures_are_read_once():
@@ -161,7 +163,7 @@ def test_named_chain_is_a_chain_with_names():
 
 def test_named_chain_passes_extras():
     seen = []
-    spy = (no_state, lambda updates, state, **kw: (updates, seen.append(kw) or ()))
+    spy = (no_state, lambda updates, state, trail, **kw: (updates, seen.append(kw) or ()))
     tx = named_chain(("spy", spy))
     tx.update(GRADS, tx.init(PARAMS), **CALL)
     assert seen == [{**CALL, "inplace": False}]
