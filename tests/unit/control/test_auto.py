@@ -83,7 +83,7 @@ def test_equal_states_make_equal_steps_and_nothing_is_written():
         {"estimator": kf.estimators.empirical()},
         {"sharing": "reduce", "estimator": kf.estimators.empirical()},
     ],
-    ids=str,
+    ids="+".join,
 )
 def test_every_option_changes_the_steps(options: dict[str, Any]):
     base = {"estimator": options["estimator"]} if "sharing" in options else {}
