@@ -163,7 +163,7 @@ def test_named_chain_is_a_chain_with_names():
 
 def test_named_chain_passes_extras():
     seen = []
-    spy = (no_state, lambda updates, state, trail, **kw: (updates, seen.append(kw) or ()))
+    spy = (no_state, lambda updates, state, *, trail, **kw: (updates, seen.append(kw) or ()))
     tx = named_chain(("spy", spy))
     tx.update(GRADS, tx.init(PARAMS), **CALL)
     assert seen == [{**CALL, "inplace": False}]
