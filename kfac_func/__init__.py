@@ -10,6 +10,7 @@ from kfac_func import recipes as recipes
 from kfac_func.capture import Plan as Plan
 from kfac_func.capture import make_functional as make_functional
 from kfac_func.capture import make_plan as make_plan
+from kfac_func.compiled import compile_step as compile_step
 from kfac_func.control import LevenbergMarquardt as LevenbergMarquardt
 from kfac_func.control import QuadraticModel as QuadraticModel
 from kfac_func.control import adapt_damping as adapt_damping

@@ -14,3 +14,18 @@ def readable(x: Tensor) -> bool:
     True
     """
     return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
+
+
+def untouched(x: Tensor) -> bool:
+    """Whether a tensor was certainly never written in place.
+
+    >>> x = torch.zeros(1)
+    >>> untouched(x), untouched(x.add_(1))
+    (True, False)
+    """
+    return torch.compiler.is_compiling() or (not x.is_inference() and x._version == 0)
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was written in place, where torch counts that; else 0."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
-from kfac_func.blocks import Factor, mean_eigenvalue, scaled, transpose
+from kfac_func.blocks import Factor, Thin, mean_eigenvalue, scaled, transpose
 from kfac_func.linalg import Solver, damped_inverse, eigenbasis, times
 from kfac_func.linalg.sums import SumFactored, Terms, factorized_sum, positive
 
@@ -83,8 +83,8 @@ def damped_product(
     )
 
 
-def solve_product(factored: KroneckerFactored | EigenFactored, v: Tensor) -> Tensor:
-    """(T · G ⊗ A + damping)⁻¹ v for v [(q), o, i]."""
+def solve_product(factored: KroneckerFactored | EigenFactored, v: Tensor | Thin) -> Tensor:
+    """(T · G ⊗ A + damping)⁻¹ v for v [(q), o, i], or for one given by its rows."""
     if isinstance(factored, KroneckerFactored):
         return times(factored.g_inverse, v, factored.a_inverse)
     a, g, inverse = factored

@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(["capture", "damping"], 4),
     **dict.fromkeys(["estimators", "curvature", "adapters", "state"], 5),
     **dict.fromkeys(["precondition", "distributed", "diagnostics"], 6),
-    "control": 7,
+    **dict.fromkeys(["control", "compiled"], 7),
     **dict.fromkeys(["recipes", "demo", DOOR], 8),
 }
 # On the top floor the door shows the recipes, and the demo uses the library through the door as its readers do.

@@ -125,6 +125,12 @@ def convolutions(p: Any, x: Tensor) -> Tensor:
     return (F.conv1d(x[..., None], p["w"], p["b"]) + F.conv1d(x[..., None], p["v"], p["b"])).squeeze(-1)
 
 
+def nothing_observed() -> Any:
+    stats = step()[2]
+    silent = _tree.Static(stats.rules.value._replace(silent=True))  # as those of `stats=False, rows=True`
+    return kf.observe(kf.kfac().init(PARAMS), stats._replace(rules=silent))
+
+
 def mapped(*trees: Any) -> Callable[[], Any]:
     return lambda: _tree.tree_map(lambda *leaves: leaves, *trees)
 
@@ -199,6 +205,7 @@ CASES = error_cases.CASES | control_error_cases.CASES | {
     "loaded": Case(lambda: kf.precondition(loaded(), PARAMS), STATE, "loaded from a file", "call tx.update"),
     "other blocks": Case(lambda: kf.observe(observed()[1], other()), STATE, "other blocks", "one model"),
     "several states": Case(lambda: kf.precondition((observed()[1],) * 2, PARAMS), STATE, "several", "one of them"),
+    "nothing observed": Case(nothing_observed, STATE, "nothing to observe", "stats=True"),
     "no state": Case(lambda: kf.describe(()), STATE, "no K-FAC state", "kfac() itself"),
     "another tree": Case(
         lambda: kf.precondition(observed()[1], {"v": W}), MISMATCH, "'v'", "wanted      'bias', 'weight'"

@@ -50,3 +50,6 @@ from kfac_func.blocks.products import merged as merged
 from kfac_func.blocks.rows import input_rows as input_rows
 from kfac_func.blocks.rows import output_rows as output_rows
 from kfac_func.blocks.rows import with_constant as with_constant
+from kfac_func.blocks.thin import Thin as Thin
+from kfac_func.blocks.thin import pays as pays
+from kfac_func.blocks.thin import thin as thin

@@ -18,6 +18,7 @@ The numbers N and T are decided in `estimators/statistics.py` and arrive here as
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -71,6 +72,12 @@ class Layout(NamedTuple):
     def leaves(self) -> tuple[str, ...]:
         """The tree paths of the block's parameters, weight first."""
         return tuple(path for path in (self.weight, self.bias) if path is not None)
+
+    @property
+    def columns(self) -> int:
+        """i (+ 1 with a bias), the columns of a matrix block per group."""
+        weight = 0 if self.weight is None else prod(self.shape) // (self.groups * self.outputs)
+        return weight + (self.bias is not None)
 
 
 class Where(NamedTuple):

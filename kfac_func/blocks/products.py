@@ -109,8 +109,7 @@ def _input_sums(block: Block, use: Use, pattern: Pattern) -> tuple[Factor, Any]:
 def _input_form(block: Block, use: Use, pattern: Pattern) -> Form:
     kind, layout = use.rule.kind, block.layout
     offsets = 1 if kind.offsets is None else kind.offsets(use.rule.options)
-    weight = 0 if layout.weight is None else torch.Size(layout.shape).numel() // (layout.groups * layout.outputs)
-    size = layout.outputs if use.rule.transposed else weight + (layout.bias is not None)
+    size = layout.outputs if use.rule.transposed else layout.columns
     return form_for(pattern, size, pattern.sides != "output", offsets)
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kfac_func import layers
 from kfac_func._errors import CaptureError, explain
+from kfac_func._tracing import version
 from kfac_func.layers import Call, Found, Ref
 
 
@@ -140,7 +141,7 @@ class Watch(TorchFunctionMode):
         if found.bias_shape is not None and found.bias is None:
             self.awaiting[result] = len(self.found)
         self.found.append(found)
-        self.fresh.append((result, _version(result), _version(found.inputs)))
+        self.fresh.append((result, version(result), version(found.inputs)))
         return result
 
     def uncaptured(self) -> dict[str, list[str]]:
@@ -153,7 +154,7 @@ class Watch(TorchFunctionMode):
     def written(self) -> list[tuple[bool, bool]]:
         """Of every use: whether its recorded input and its result were written in place after it."""
         return [
-            (_version(found.inputs) != before, _version(result) != after)
+            (version(found.inputs) != before, version(result) != after)
             for found, (result, after, before) in zip(self.found, self.fresh, strict=True)
         ]
 
@@ -192,11 +193,6 @@ class Watch(TorchFunctionMode):
             self.known[result] = ref._replace(order=_turned(func, ref.order, args[1:]))
             return True
         return False
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written, where torch counts that."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:

@@ -40,7 +40,8 @@ class Structure(NamedTuple):
 
     Every step:
 
-    solve(factored, v) -> v                      (F̂ + λ)⁻¹ v: linear, symmetric positive definite; cheap
+    solve(factored, v) -> v                      (F̂ + λ)⁻¹ v: linear, symmetric positive definite; cheap. Where
+                                                 `thin`, v may come as its rows (see `Thin`)
     dense(state) -> [p, p]                       F̂ without damping, on row-major vec(V): the oracle, never used in
                                                  training
     matrix                                       whether it needs a matrix block
@@ -51,13 +52,14 @@ class Structure(NamedTuple):
     name: str
     measure: Callable[..., Any]
     factorize: Callable[[Any, Tensor, str], Any]
-    solve: Callable[[Any, Tensor], Tensor]
+    solve: Callable[[Any, Any], Tensor]
     dense: Callable[[Any], Tensor]
     matrix: bool = False
     prepare: Callable[[Any], Any] = lambda block: block
     absorb: Callable[[Any, Look, Tensor], Any] = lambda state, look, fraction: average(state, look(()), fraction)
     refresh: Callable[[Any, Tensor, str], Any] = lambda state, damping, split: state
     scale: Callable[[Any, Look, Tensor], Any] | None = None
+    thin: bool = False
 
 
 class Curvature(NamedTuple):
@@ -74,6 +76,7 @@ class Curvature(NamedTuple):
     solve(factored, vs) -> vs                    for blocks by name, any of them
     dense(state) -> one dense matrix per block
     scales                                       whether `scale` does anything
+    thin(name) -> bool                           whether `solve` takes the V of a matrix block as its rows too
     costs(state) -> numbers by block name        what a factorisation of each block costs, up to a factor. A curvature
                                                  that has it can do some blocks at a time: `refresh` and `factorize`
                                                  take one more argument then, the names of the blocks that are `due`
@@ -86,10 +89,11 @@ class Curvature(NamedTuple):
     refresh: Callable[..., Any]
     scale: Callable[[Any, Look, Tensor], Any]
     factorize: Callable[..., Any]
-    solve: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+    solve: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
     dense: Callable[[Any], dict[str, Tensor]]
     scales: bool = False
     costs: Callable[[Any], dict[str, int]] | None = None
+    thin: Callable[[str], bool] = lambda name: False
 
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:

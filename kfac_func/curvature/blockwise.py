@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
-from kfac_func.blocks import Block
+from kfac_func.blocks import Block, Thin
 from kfac_func.curvature.base import Curvature, Look, Structure
 from kfac_func.curvature.diagonal import diagonal
+from kfac_func.linalg.workers import side_by_side
 
 
 class Blockwise(NamedTuple):
@@ -109,7 +111,7 @@ def useful(patterns: Iterable[str], names: Iterable[str], user: str) -> None:
             )
 
 
-def _like(factored: Any, v: Tensor) -> Tensor:
+def _like(factored: Any, v: Tensor | Thin) -> Tensor | Thin:
     """V in the precision of the factors: gradients may have another."""
     leaves = _tree.leaves(factored)
     return v.to(leaves[0].dtype) if leaves else v
@@ -122,14 +124,25 @@ def _split(blocks: dict[str, Block]) -> Blockwise:
     return Blockwise(matrix, vector)
 
 
+def _each(choose: Choice, fn: Callable[..., Any], things: Blockwise) -> Blockwise:
+    """fn(structure, name, thing) for every block."""
+    one, two = (
+        {block: fn(choose(block, matrix), block, thing) for block, thing in things[1 - matrix].items()}
+        for matrix in (True, False)
+    )
+    return Blockwise(one, two)
+
+
+def _apart(choose: Choice, fn: Callable[..., Any], things: Blockwise) -> Blockwise:
+    """The same for what is dear and works on one core: the blocks side by side."""
+    jobs = _each(choose, lambda *block: partial(fn, *block), things)
+    done = side_by_side([*jobs.matrix.values(), *jobs.vector.values()], _tree.leaves(things))
+    results = dict(zip((*jobs.matrix, *jobs.vector), done, strict=True))
+    return Blockwise(*({block: results[block] for block in part} for part in jobs))
+
+
 def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Curvature:
-    def each(fn: Callable[..., Any], things: Blockwise) -> Blockwise:
-        """fn(structure, name, thing) for every block."""
-        one, two = (
-            {block: fn(choose(block, matrix), block, thing) for block, thing in things[1 - matrix].items()}
-            for matrix in (True, False)
-        )
-        return Blockwise(one, two)
+    each, apart = partial(_each, choose), partial(_apart, choose)
 
     def prepare(blocks: dict[str, Block]) -> Blockwise:
         return each(lambda own, _, block: own.prepare(block), _split(blocks))
@@ -156,7 +169,7 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
         def one(own: Structure, block: str, thing: Any) -> Any:
             return own.refresh(thing, damping[block], split) if due is None or block in due else thing
 
-        return each(one, state)
+        return apart(one, state)
 
     def scale(state: Blockwise, look: Look, fraction: Tensor) -> Blockwise:
         def one(own: Structure, block: str, thing: Any) -> Any:
@@ -170,9 +183,9 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
                 return _flat(kept)[block]
             return own.factorize(thing, damping[block], split)
 
-        return each(one, state)
+        return apart(one, state)
 
-    def solve(factored: Blockwise, vs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def solve(factored: Blockwise, vs: dict[str, Tensor | Thin]) -> dict[str, Tensor]:
         wanted = Blockwise(*({n: item for n, item in part.items() if n in vs} for part in factored))
         return _flat(each(lambda own, block, item: own.solve(item, _like(item, vs[block])), wanted))
 
@@ -180,7 +193,11 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
         return _flat(each(lambda own, _, one: own.dense(one), state))
 
     scales = any(structure.scale is not None for structure in structures)
-    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, scales, _costs)
+
+    def thin(name: str) -> bool:
+        return choose(name, True).thin
+
+    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, scales, _costs, thin)
 
 
 def _costs(state: Blockwise) -> dict[str, int]:

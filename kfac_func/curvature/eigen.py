@@ -139,6 +139,7 @@ def eigen(
         absorb=absorb,
         refresh=refresh,
         scale=scale,
+        thin=True,
     )
 
 

@@ -69,4 +69,4 @@ def kpsvd(
         return damped_product(r, s, r.new_ones(()), damping, split, solver)
 
     name = f"kpsvd[{solver}]" if radius is None else f"kpsvd[{solver}, radius={radius}]"
-    return Structure(name, seen, factorize, solve_product, densified, matrix=True, prepare=prepare, absorb=absorb)
+    return Structure(name, seen, factorize, solve_product, densified, True, prepare, absorb, thin=True)

@@ -70,4 +70,6 @@ def kronecker(
         a, g, t = merged(state)
         return t * kron(densify(g), densify(a))
 
-    return Structure(f"kronecker[{solver}{kept.name}]", measure, factorize, solve_product, dense, matrix=True)
+    return Structure(
+        f"kronecker[{solver}{kept.name}]", measure, factorize, solve_product, dense, matrix=True, thin=True
+    )

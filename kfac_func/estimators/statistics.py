@@ -13,7 +13,7 @@ A loss that averages over d outputs has its 1/d inside Λ and c already, because
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,61 +22,11 @@ from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
-from kfac_func.blocks import Block, KroneckerState, Layout, Use, UseRule, gradient, unpack
+from kfac_func.blocks import Block, KroneckerState, Use, gradient, pays, thin, unpack
 from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
-from kfac_func.estimators.vectors import Estimator, monte_carlo
-from kfac_func.layers import unstructured
+from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
+from kfac_func.estimators.vectors import Estimator, monte_carlo, uniform
 from kfac_func.losses import Loss, example_weight
-
-Sharing = Literal["expand", "reduce"]
-
-
-class StatsRules(NamedTuple):
-    """What is static about statistics."""
-
-    plan: Plan
-    layouts: tuple[Layout, ...]  # of the plan's blocks, then of the unclaimed leaves with the policy "diagonal"
-    examples: int
-    sharing: Sharing
-
-
-class Stats(NamedTuple):
-    """What a batch says about curvature: tensors only at the leaves.
-
-    inputs   the layer input of every tap                grads   [V, *output] of every tap; () without output vectors
-    rest     [V, *shape], the gradients of unclaimed leaves summed over the examples
-    moments  already measured moments, when `measure` was given (then the others are empty); else ()
-    """
-
-    inputs: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...]
-    rest: dict[str, Tensor]
-    moments: Any
-    rules: Static[StatsRules]
-
-    def blocks(self) -> dict[str, Block]:
-        """The waist: every block of the batch, by the path of its weight."""
-        plan, layouts, examples, sharing = self.rules.value
-        found = {}
-        for layout, uses in plan.blocks:
-            mine = tuple(Use(self.inputs[k], self.grads[k] if self.grads else None, rule) for k, rule in uses)
-            positions = sum(use.rule.positions for use in mine) if sharing == "expand" else len(mine)
-            found[layout.name] = Block(layout, mine, examples, positions, sharing)
-        for layout in layouts[len(plan.blocks) :]:
-            grads = self.rest[layout.name]
-            use = Use(grads[:1], grads if grads.shape[0] else None, UseRule(unstructured, (), None, 1))
-            found[layout.name] = Block(layout, (use,), examples, 1, sharing)
-        return found
-
-
-def _layouts(plan: Plan, rest: dict[str, Tensor]) -> tuple[Layout, ...]:
-    unclaimed = (
-        Layout(path, "unstructured", path, None, tuple(rest[path].shape), outputs=rest[path].numel(), matrix=False)
-        for path, policy in plan.unclaimed
-        if policy == "diagonal"
-    )
-    return (*(block.layout for block in plan.blocks), *unclaimed)
-
 
 Step = Callable[..., tuple[Tensor, PyTree, Stats | None]]
 
@@ -90,6 +40,7 @@ def value_grad_and_stats(
     strict: bool = True,
     unclaimed: Unclaimed | None = None,
     measure: Callable[[dict[str, Block]], Any] | None = None,
+    rows: bool = False,
 ) -> Step:
     r"""Make `step(params, (inputs, targets)) -> (value, grads, stats)`: ONE forward pass for all three.
 
@@ -103,6 +54,9 @@ def value_grad_and_stats(
     unclaimed  "diagonal" or "identity" for such parameters, for all or by path pattern, e.g. {"head.*": "diagonal"}
     measure    reduce the statistics to moments at once (`blockwise(kronecker(), diagonal()).measure`): with
                `exact(chunk_size)` only one chunk of vectors is ever held
+    rows       hand on the gradient of layers that are wider than the batch is long as rows too, a gᵀ before the sum:
+               the preconditioner that is given these very gradients solves for the rows, which is cheaper (not less
+               exact: only the rounding differs)
 
     The step takes further:
 
@@ -111,7 +65,7 @@ def value_grad_and_stats(
     noise      the uniform noise in [0, 1) itself, in place of a generator (under vmap and torch.compile)
     plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by two runs
                on one and two examples
-    stats      False: value and gradient alone, by plain differentiation, and None
+    stats      False: value and gradient alone, and None (with `rows`, statistics that only carry the gradient)
 
     Weight gradients of captured layers are computed from (a, g), not by autograd; they are the same numbers. Nothing
     is mutated. A use shared by all examples (a position embedding of `arange(T)`) and diagonals of unclaimed leaves
@@ -148,18 +102,25 @@ def value_grad_and_stats(
         stats: bool = True,
     ) -> tuple[Tensor, PyTree, Stats | None]:
         inputs, targets = batch
-        if not stats:
+        if not stats and not rows:
             return *_value_and_grad(fn, loss, params, inputs, targets), None
         plan = planned(params, inputs) if plan is None else plan
+        kept = _wide(plan, batch_size(inputs)) if rows else frozenset()
+        if not stats and not kept:
+            return *_value_and_grad(fn, loss, params, inputs, targets), None
         run = record(fn, plan, params, inputs)
         cotangent, value = torch.func.grad_and_value(loss.value)(run.outputs, targets)
         own, rest = run.pullback(cotangent)
-        grads = _gradients(plan, run, own, rest, params)
-        rules = Static(StatsRules(plan, _layouts(plan, run.rest), run.examples, sharing))
+        grads, known = _gradients(plan, run, own, rest, params, kept)
+        rules = StatsRules(plan, layouts_of(plan, run.rest), run.examples, sharing, silent=not stats)
+        if rules.silent:
+            return value, grads, Stats((), (), {}, (), known, Static(rules))
         chunks = _chunks(source, loss, run, targets, (own, rest), generator, noise, plan)
         if measure is not None:
-            return value, grads, _measured(measure, chunks, source.chunks(loss, run.outputs), run, rules)
-        return value, grads, _gathered(list(chunks), run, rules)
+            found = _measured(measure, chunks, source.chunks(loss, run.outputs), run, Static(rules))
+        else:
+            found = _gathered(list(chunks), run, Static(rules))
+        return value, grads, found._replace(gradient=known)
 
     return step
 
@@ -181,15 +142,30 @@ def _value_and_grad(fn: Model, loss: Loss, params: PyTree, inputs: Any, targets:
     return value, _tree.with_leaves(params, grads)
 
 
-def _gradients(plan: Plan, run: Record, own: tuple[Tensor, ...], rest: dict[str, Tensor], params: PyTree) -> PyTree:
-    """The gradient of the loss: claimed leaves from (a, g), unclaimed ones from autograd, unused ones zero."""
+def _gradients(
+    plan: Plan, run: Record, own: tuple[Tensor, ...], rest: dict[str, Tensor], params: PyTree, kept: frozenset[str]
+) -> tuple[PyTree, dict[str, Gradient]]:
+    """The gradient of the loss: claimed leaves from (a, g), unclaimed ones from autograd, unused ones zero. And what
+    is worth keeping as rows.
+    """
     leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     found = dict(rest) | {path: torch.zeros_like(leaves[path]) for path in plan.unused}
+    rows = {}
     for layout, uses in plan.blocks:
-        v = gradient(layout, tuple(Use(run.inputs[k], own[k].unsqueeze(0), rule) for k, rule in uses))
-        found |= unpack(layout, v, shapes)
-    return _tree.with_leaves(params, [found[path].to(leaf.dtype) for path, leaf in leaves.items()])
+        mine = tuple(Use(run.inputs[k], own[k].unsqueeze(0), rule) for k, rule in uses)
+        found |= unpack(layout, gradient(layout, mine), shapes)
+        if layout.name in kept:
+            rows[layout] = thin(layout, mine)
+    found = {path: found[path].to(leaf.dtype) for path, leaf in leaves.items()}
+    known = {at.name: Gradient(one, tuple(found[path] for path in at.leaves)) for at, one in rows.items()}
+    return _tree.with_leaves(params, list(found.values())), known
+
+
+def _wide(plan: Plan, examples: int) -> frozenset[str]:
+    """The blocks that are wider than the batch is long."""
+    rules = {layout: [rule for _, rule in uses] for layout, uses in plan.blocks}
+    return frozenset(layout.name for layout, mine in rules.items() if pays(layout, mine, examples))
 
 
 def _chunks(
@@ -214,12 +190,12 @@ def _chunks(
         return
     shape = source.noise(loss, z)
     if shape is not None and noise is None:
-        noise = _uniform(shape, z, generator, source.name)
+        noise = uniform(shape, z.device, generator, source.name)
     if shape is not None and noise is not None and tuple(noise.shape) != tuple(shape):
         raise HyperparameterError(explain("the noise has the wrong shape.", got=list(noise.shape), wanted=list(shape)))
     signs: Tensor | float = 1.0
     if flip:
-        u = _uniform((n,), z, generator, f"{source.name} with shared uses or unclaimed diagonals")
+        u = uniform((n,), z.device, generator, f"{source.name} with shared uses or unclaimed diagonals")
         signs = torch.where(u < 0.5, -1.0, 1.0).to(z.dtype).reshape(n, *[1] * (z.ndim - 1))
     for c in source.vectors(loss, z, targets, noise):
         c = (c * (signs * total)).to(z.dtype)
@@ -230,27 +206,15 @@ def _chunks(
             yield Chunk(*torch.func.vmap(run.pullback)(c))
 
 
-def _uniform(shape: tuple[int, ...], z: Tensor, generator: torch.Generator | None, name: str) -> Tensor:
-    if generator is None:
-        raise HyperparameterError(
-            explain(
-                f"the estimator {name} draws random numbers and got no generator.",
-                why="the global generator is never touched",
-                options="step(..., generator=torch.Generator(device).manual_seed(0)); or noise=, the numbers",
-            )
-        )
-    return torch.rand(shape, generator=generator, device=generator.device).to(z.device)
-
-
 def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> Stats:
     plan = rules.value.plan
     diagonal = [path for path, policy in plan.unclaimed if policy == "diagonal"]
     if not chunks:
         none = {path: run.rest[path].new_zeros(0, *run.rest[path].shape) for path in diagonal}
-        return Stats(run.inputs, (), none, (), rules)
+        return Stats(run.inputs, (), none, (), {}, rules)
     taps = tuple(_joined([chunk.taps[k] for chunk in chunks]) for k in range(len(plan.taps)))
     rest = {path: _joined([chunk.rest[path] for chunk in chunks]) for path in diagonal}
-    return Stats(run.inputs, taps, rest, (), rules)
+    return Stats(run.inputs, taps, rest, (), {}, rules)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -262,7 +226,7 @@ def _measured(
 ) -> Stats:
     """Moments are means, so k chunks whose vectors are scaled by √k average to the moments of all vectors."""
     if k == 0:
-        return Stats((), (), {}, measure(_gathered([], run, rules).blocks()), rules)
+        return Stats((), (), {}, measure(_gathered([], run, rules).blocks()), {}, rules)
     moments = None
     for chunk in chunks:
         larger = Chunk(tuple(k**0.5 * g for g in chunk.taps), {path: k**0.5 * g for path, g in chunk.rest.items()})
@@ -277,7 +241,7 @@ def _measured(
             )
         part = _tree.tree_map(lambda m: m / k, part)
         moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
-    return Stats((), (), {}, moments, rules)
+    return Stats((), (), {}, moments, {}, rules)
 
 
 def _signature(params: PyTree, inputs: Any) -> Any:

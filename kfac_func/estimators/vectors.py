@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from kfac_func._errors import at_least
+from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func.losses import Loss
 
 
@@ -157,3 +158,20 @@ def forward_only() -> Estimator:
         return iter(())
 
     return Estimator("forward_only", _silent, vectors, _number(0), zero_mean=True)
+
+
+def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None, name: str) -> Tensor:
+    """Noise in [0, 1) from a generator. Raises HyperparameterError, in the name of an estimator, when there is none.
+
+    >>> uniform((2,), torch.device("cpu"), torch.Generator().manual_seed(0), "monte_carlo").shape
+    torch.Size([2])
+    """
+    if generator is None:
+        raise HyperparameterError(
+            explain(
+                f"the estimator {name} draws random numbers and got no generator.",
+                why="the global generator is never touched",
+                options="step(..., generator=torch.Generator(device).manual_seed(0)); or noise=, the numbers",
+            )
+        )
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)

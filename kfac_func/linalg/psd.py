@@ -7,7 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_func.blocks import Blocks, Diagonal, Factor, diagonal_of, mapped, multiplied, shifted, transpose, widened
+from kfac_func._tracing import readable
+from kfac_func.blocks import (
+    Blocks,
+    Diagonal,
+    Factor,
+    Thin,
+    diagonal_of,
+    mapped,
+    multiplied,
+    shifted,
+    transpose,
+    widened,
+)
 
 Solver = Literal["cholesky", "eigh"]
 
@@ -32,8 +44,10 @@ def _by_eigh(block: Tensor, shift: Tensor) -> Tensor:
 
 
 def _by_cholesky(block: Tensor) -> Tensor:
-    eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
     lower, info = torch.linalg.cholesky_ex(block)
+    if block.device.type == "cpu" and readable(block) and torch.get_num_threads() == 1 and not info.any():
+        return torch.cholesky_inverse(lower)  # a third of the work; more threads slow it down, and a zero raises
+    eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
     inverse = torch.cholesky_solve(eye.expand_as(block), lower)
     return torch.where((info == 0)[..., None, None], inverse, torch.nan)
 
@@ -53,7 +67,9 @@ def eigenbasis(factor: Factor) -> tuple[Tensor, Factor]:
     return values.clamp(min=0), type(factor)(main_basis, rest_basis)
 
 
-def times(left: Factor, v: Tensor, right: Factor) -> Tensor:
-    """left · v · right for matrices v [..., (q), o, i]."""
+def times(left: Factor, v: Tensor | Thin, right: Factor) -> Tensor:
+    """left · v · right for matrices v [..., (q), o, i], or for one given by its rows."""
+    if isinstance(v, Thin):
+        return v.times(left, right)
     v = left @ v if isinstance(left, Tensor) else multiplied(v.mT, transpose(left)).mT
     return multiplied(v, right)

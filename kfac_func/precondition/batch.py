@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import StateError, explain
+from kfac_func._tracing import untouched
 from kfac_func._typing import PyTree
-from kfac_func.blocks import Layout, Pairs, add
+from kfac_func.blocks import Layout, Pairs, Thin, add
 from kfac_func.estimators import Stats
 from kfac_func.precondition.rules import curvature_of
 from kfac_func.state import KFacState
@@ -96,6 +97,30 @@ def _side_by_side(parts: list[Pairs], shares: list[float]) -> Pairs:
 
     left = [part.left * share**0.5 for part, share in zip(parts, shares, strict=True)]
     return Pairs(joined(left), joined([part.right for part in parts]))
+
+
+def speaking(stats: Stats | Sequence[Stats] | None) -> Stats | Sequence[Stats] | None:
+    """The statistics that say something about curvature, None where none does."""
+    if stats is None or isinstance(stats, Stats):
+        return None if stats is None or stats.rules.value.silent else stats
+    parts = tuple(part for part in stats if not part.rules.value.silent)
+    return None if stats and not parts else parts
+
+
+def rows_of(stats: Stats | Sequence[Stats] | None, updates: PyTree) -> dict[str, Thin]:
+    """By block, the rows of the very gradients that are to be preconditioned: the leaves are the same tensors, as the
+    step returned them and never written since.
+    """
+    if not isinstance(stats, Stats) or not stats.gradient:
+        return {}
+    here, found = _tree.unique_paths(updates), {}
+    for layout in stats.rules.value.layouts:
+        known = stats.gradient.get(layout.name)
+        if known is not None and all(
+            here.get(path) is leaf and untouched(leaf) for path, leaf in zip(layout.leaves, known.leaves, strict=True)
+        ):
+            found[layout.name] = known.rows
+    return found
 
 
 def _check_layouts(parts: Sequence[Stats], known: tuple[Layout, ...]) -> None:

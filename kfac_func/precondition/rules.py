@@ -9,7 +9,7 @@ from kfac_func._errors import StateError, explain
 from kfac_func._tree import Static
 from kfac_func.curvature import Curvature
 from kfac_func.curvature.blockwise import first_match, useful
-from kfac_func.estimators.statistics import StatsRules
+from kfac_func.estimators.stats import StatsRules
 from kfac_func.state import KFacState, Rules
 
 

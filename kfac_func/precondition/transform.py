@@ -14,11 +14,11 @@ from kfac_func import _tree
 from kfac_func._errors import StateError, TreeMismatchError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import PyTree, ScalarOrSchedule
-from kfac_func.blocks import pack, unpack
+from kfac_func.blocks import Thin, pack, unpack
 from kfac_func.curvature import Curvature
 from kfac_func.estimators import Stats
 from kfac_func.precondition.averages import absorbed, factorized, refreshed, scaled
-from kfac_func.precondition.batch import Batch
+from kfac_func.precondition.batch import Batch, rows_of, speaking
 from kfac_func.precondition.periods import refresh_due, scale_due
 from kfac_func.precondition.rules import attached, curvature_of, leaf_damping
 from kfac_func.state import KFacState, Options, Rules, inside
@@ -74,7 +74,7 @@ def preconditioner(
         state = _advanced(state, stats, refresh, scale)
         if trail is not None:
             trail.covector, trail.damping = updates, leaf_damping(state)
-        return precondition(state, updates), state._replace(step=state.step + 1)
+        return _solved(state, updates, rows_of(stats, updates)), state._replace(step=state.step + 1)
 
     return GradientTransformation(init, update)
 
@@ -83,6 +83,7 @@ def _advanced(
     state: KFacState, stats: Stats | Sequence[Stats] | None, refresh: bool | None, scale: bool | None
 ) -> KFacState:
     """Averages, refresh, scalings, factorisation: whatever is due, in this order."""
+    stats = speaking(stats)
     batch = None if stats is None else Batch(state, stats)
     if batch is not None:
         state = absorbed(state, batch)
@@ -128,7 +129,8 @@ def observe(state: PyTree, stats: Stats | Sequence[Stats], *, refresh: bool = Tr
 
     Statistics with NaN or infinities are not absorbed: `rejected` counts them and the state stays usable. Periods count
     updates: what is observed without a refresh counts at the next update that is due.
-    Raises StateError when there is no K-FAC state inside, or the statistics describe other blocks.
+    Raises StateError when there is no K-FAC state inside, the statistics describe other blocks, or there are none in
+    them (they only carry the gradient).
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> step = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
@@ -142,6 +144,14 @@ def observe(state: PyTree, stats: Stats | Sequence[Stats], *, refresh: bool = Tr
         return _advanced(inner, stats, refresh, refresh)
 
     inside(state)
+    if speaking(stats) is None:
+        raise StateError(
+            explain(
+                "there is nothing to observe in these statistics.",
+                got="the gradient as rows, from a step with stats=False",
+                options="observe statistics of steps with stats=True",
+            )
+        )
     return _tree.map_nodes(one, state, KFacState)
 
 
@@ -163,10 +173,10 @@ def precondition(state: PyTree, grads: PyTree) -> PyTree:
     found = inside(state)
     if len(found) > 1:
         raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
-    return _solved(found[0], grads)
+    return _solved(found[0], grads, {})
 
 
-def _solved(state: KFacState, grads: PyTree) -> PyTree:
+def _solved(state: KFacState, grads: PyTree, rows: dict[str, Thin]) -> PyTree:
     if state.factored == ():
         return _tree.tree_map(torch.clone, grads)
     rules = state.rules.value
@@ -181,8 +191,10 @@ def _solved(state: KFacState, grads: PyTree) -> PyTree:
             )
         )
     here = [layout for layout in rules.layouts if any(path in leaves for path in layout.leaves)]
-    vs = {layout.name: pack(layout, leaves) for layout in here}
-    solved = curvature_of(state).solve(state.factored, vs)
+    own = curvature_of(state)
+    rows = {name: one for name, one in rows.items() if own.thin(name)}
+    vs = {layout.name: rows[layout.name] if layout.name in rows else pack(layout, leaves) for layout in here}
+    solved = own.solve(state.factored, vs)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     new = {path: leaf.clone() for path, leaf in leaves.items() if not any(path in layout.leaves for layout in here)}
     for layout in here:
