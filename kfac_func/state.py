@@ -112,8 +112,8 @@ def map_damping(state: PyTree, fn: Callable[[Tensor], Tensor]) -> PyTree:
 
 
 def describe(state: PyTree) -> str:
-    """A table of what the K-FAC state inside covers: the curvature by name, every block with its kind, size and
-    leaves, and every leaf without one.
+    """A table of what the K-FAC state inside covers: the curvature by name, every block with its kind, size, memory
+    (of its averages and its factorisation) and leaves, and every leaf without one; and the memory of all.
 
     >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
     kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected
@@ -128,18 +128,32 @@ def describe(state: PyTree) -> str:
     ]
     if not rules.layouts:
         return "\n".join([*lines, "no statistics yet: gradients pass unchanged"])
-    rows = [("block", "kind", "V", "leaves")]
+    rows = [("block", "kind", "V", "memory", "leaves")]
     for layout in rules.layouts:
         size = f"{layout.groups}x{layout.outputs}" if layout.groups > 1 else str(layout.outputs)
-        rows.append((layout.name, layout.kind, ("o=" if layout.matrix else "p=") + size, " + ".join(layout.leaves)))
+        held = _megabytes(_of(inner.curvature, layout.name), _of(inner.factored, layout.name))
+        size = ("o=" if layout.matrix else "p=") + size
+        rows.append((layout.name, layout.kind, size, held, " + ".join(layout.leaves)))
     covered = {path for layout in rules.layouts for path in layout.leaves}
-    rows += [(path, "identity", "-", path) for path, policy in rules.unclaimed if policy == "identity"]
+    rows += [(path, "identity", "-", "-", path) for path, policy in rules.unclaimed if policy == "identity"]
     named = covered | {path for path, _ in rules.unclaimed}
-    rows += [(path, "unused", "-", path) for path in rules.paths if path not in named]
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    return "\n".join(
-        lines + ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    )
+    rows += [(path, "unused", "-", "-", path) for path in rules.paths if path not in named]
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total, averages = _megabytes(inner.curvature, inner.factored), _megabytes(inner.curvature)
+    return "\n".join([*lines, f"memory: {total}, of which averages {averages}"])
+
+
+def _of(things: Any, block: str) -> list[Any]:
+    """What a tree holds for a block: the entries of that name in its dictionaries."""
+    if isinstance(things, dict):
+        return [things[block]] if block in things else []
+    return [one for part in things for one in _of(part, block)] if isinstance(things, tuple) else []
+
+
+def _megabytes(*trees: Any) -> str:
+    once = {id(leaf): leaf.nbytes for leaf in _tree.leaves(trees)}
+    return f"{sum(once.values()) / 1e6:.3g} MB"
 
 
 def _damping(state: KFacState) -> str:

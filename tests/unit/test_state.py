@@ -87,7 +87,7 @@ def test_a_file_keeps_the_whole_description():
     state = kf.observe(kf.kfac().init(params), step(params, (X, Y))[2])
     rows, again = (kf.describe(one).splitlines()[1:] for one in (state, through_a_file(state)))
     assert rows == again
-    assert len(rows) == 4
+    assert len(rows) == 5
 
 
 def test_old_states_stay_usable():
@@ -195,13 +195,22 @@ def test_a_description_names_every_block():
     tx = kf.kfac(damping=0.25, split="exact")
     assert kf.describe(tx.init(params)).splitlines()[1] == "no statistics yet: gradients pass unchanged"
     _, _, stats = step(params, (x, Y), generator=torch.Generator().manual_seed(0))
-    head, *rows = kf.describe(kf.observe(tx.init(params), stats)).splitlines()
+    head, *rows, last = kf.describe(kf.observe(tx.init(params), stats)).splitlines()
     assert head == (
         "kfac: blockwise(kronecker[cholesky], diagonal), damping 0.25, split exact, 1 batches observed, 0 rejected"
     )
     assert [row.split() for row in rows] == [
-        ["block", "kind", "V", "leaves"],
-        ["0.weight", "linear", "o=5", "0.weight", "+", "0.bias"],
-        ["2.weight", "layer_norm", "p=10", "2.weight", "+", "2.bias"],
-        ["3.weight", "linear", "o=4", "3.weight", "+", "3.bias"],
+        ["block", "kind", "V", "memory", "leaves"],
+        ["0.weight", "linear", "o=5", "0.000416", "MB", "0.weight", "+", "0.bias"],
+        ["2.weight", "layer_norm", "p=10", "8e-05", "MB", "2.weight", "+", "2.bias"],
+        ["3.weight", "linear", "o=4", "0.00052", "MB", "3.weight", "+", "3.bias"],
     ]
+    assert last == "memory: 0.00102 MB, of which averages 0.000428 MB"
+
+
+def test_memory_is_counted_once_where_averages_and_factorisation_share_it():
+    params, x, step = problem()
+    _, _, stats = step(params, (x, Y), generator=torch.Generator().manual_seed(0))
+    state = kf.observe(kf.ekfac(damping=0.25).init(params), stats)
+    storages = {leaf.data_ptr(): leaf.nbytes for leaf in _tree.leaves((state.curvature, state.factored))}
+    assert f"memory: {sum(storages.values()) / 1e6:.3g} MB" in kf.describe(state)
