@@ -16,6 +16,15 @@ def readable(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
 
 
+def at_hand(x: Tensor) -> bool:
+    """Whether Python may ask for the value and gets it at once: readable, and nothing waits for a device.
+
+    >>> at_hand(torch.tensor(1.0))
+    True
+    """
+    return x.device.type == "cpu" and readable(x)
+
+
 def untouched(x: Tensor) -> bool:
     """Whether a tensor was certainly never written in place.
 

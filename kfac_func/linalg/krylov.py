@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_func._tracing import readable
+from kfac_func._tracing import at_hand
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -41,7 +41,7 @@ def power(forward: Operator, adjoint: Operator, start: Tensor, iterations: int, 
     sigma, new = _unit(adjoint(left))
     triplet, done = Triplet(sigma, left, new), _norm(new - right) <= tolerance
     for _ in range(iterations - 1):
-        if readable(done) and bool(done.all()):
+        if at_hand(done) and bool(done.all()):
             break
         _, left = _unit(forward(triplet.right))
         sigma, right = _unit(adjoint(left))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kfac_func._tracing import readable
+from kfac_func._tracing import at_hand
 from kfac_func.blocks import (
     Blocks,
     Diagonal,
@@ -45,7 +45,7 @@ def _by_eigh(block: Tensor, shift: Tensor) -> Tensor:
 
 def _by_cholesky(block: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(block)
-    if block.device.type == "cpu" and readable(block) and torch.get_num_threads() == 1 and not info.any():
+    if at_hand(block) and torch.get_num_threads() == 1 and not info.any():
         return torch.cholesky_inverse(lower)  # a third of the work; more threads slow it down, and a zero raises
     eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
     inverse = torch.cholesky_solve(eye.expand_as(block), lower)

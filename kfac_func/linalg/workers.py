@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from kfac_func._tracing import readable
+from kfac_func._tracing import at_hand
 
 _pools: dict[int, ThreadPoolExecutor] = {}  # by their number of threads
 os.register_at_fork(after_in_child=_pools.clear)  # threads do not live on in a child process
@@ -32,7 +32,7 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], tensors: Sequence[Tensor]) -
     >>> side_by_side([lambda: 1, lambda: 2], [torch.ones(1)])
     [1, 2]
     """
-    if torch.compiler.is_compiling() or torch.get_num_threads() == 1 or not all(map(_own, tensors)) or _context():
+    if torch.compiler.is_compiling() or torch.get_num_threads() == 1 or not all(map(at_hand, tensors)) or _context():
         return [job() for job in jobs]
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -41,10 +41,6 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], tensors: Sequence[Tensor]) -
             return job()
 
     return list(_pool(torch.get_num_threads()).map(run, jobs))
-
-
-def _own(x: Tensor) -> bool:
-    return x.device.type == "cpu" and readable(x)
 
 
 def _context() -> bool:

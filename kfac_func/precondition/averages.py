@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._tracing import readable
+from kfac_func._tracing import at_hand, readable
 from kfac_func._tree import Static
 from kfac_func.precondition.batch import Batch, all_finite
 from kfac_func.precondition.rules import block_damping, curvature_of, met
@@ -60,7 +60,7 @@ def _next(count: Tensor, weight: Tensor, finite: Tensor, options: Options) -> tu
 
 def _chosen(batch: Batch, new: Any, old: Any) -> Any:
     """The new averages, unless a later look at the batch was not finite."""
-    if batch.later is batch.finite or (readable(batch.later) and batch.later):
+    if batch.later is batch.finite or (at_hand(batch.later) and batch.later):
         return new
     old = _tree.tree_map(torch.zeros_like, new) if old == () else old
     return _tree.tree_map(lambda x, y: torch.where(batch.later | ~batch.finite, x, y), new, old)
@@ -81,7 +81,8 @@ def factorized(state: KFacState, kept: Any = (), due: frozenset[str] | None = No
     some = () if due is None else (due,)
     factored = own.factorize(state.curvature, damping, split, kept, *some)
     finite, before = all_finite(factored), state.factored
-    if readable(finite) and (finite or before != ()):  # `where` would ask them to be of one shape
+    same = _shapes(factored) == _shapes(before)  # `where` asks for that, and then nothing waits for a device
+    if (at_hand(finite) or (readable(finite) and not same)) and (finite or before != ()):
         return state._replace(factored=factored if finite else before, failed=state.failed + ~finite)
     if before == ():  # the identity takes the place of what was not there before
         empty, one = (
@@ -90,3 +91,7 @@ def factorized(state: KFacState, kept: Any = (), due: frozenset[str] | None = No
         before = own.factorize(empty, one, split)
     chosen = _tree.tree_map(lambda new, old: torch.where(finite, new, old), factored, before)
     return state._replace(factored=chosen, failed=state.failed + ~finite)
+
+
+def _shapes(tree: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in _tree.leaves(tree)]
