@@ -95,6 +95,31 @@ def form_of(factor: Factor) -> Form:
 
 def second_moment(rows: Tensor) -> Tensor:
     """Σ over all leading dimensions of row rowᵀ: [..., (q), d] -> [(q), d, d], `rows` given as [K, d] or [K, q, d]."""
-    if rows.ndim == 2:
-        return rows.mT @ rows
-    return torch.einsum("kqi,kqj->qij", rows, rows)
+    if rows.ndim > 2:
+        return torch.einsum("kqi,kqj->qij", rows, rows)
+    if HALVED <= rows.shape[1] <= rows.shape[0]:
+        return _by_halves(rows)
+    return rows.mT @ rows
+
+
+HALVED = 288  # columns from which three products of halves are faster than one of all, if there are as many rows
+
+
+def _by_halves(rows: Tensor) -> Tensor:
+    left, right = rows.tensor_split(2, dim=1)
+    corner = left.mT @ right
+    top = torch.cat([second_moment(left), corner], dim=1)
+    return torch.cat([top, torch.cat([corner.mT, second_moment(right)], dim=1)])
+
+
+def map_moment(rows: Tensor) -> Tensor:
+    """Σ row rowᵀ over rows [V, B, S, o] that are columns in memory, as the channels of a map [V, B, o, *size] are:
+    image by image, without a copy, where images are large and channels few.
+    """
+    images, (positions, channels) = rows.flatten(0, 1), rows.shape[-2:]
+    if channels <= CHANNELS and positions >= channels:
+        return (images.mT @ images).sum(dim=0)
+    return second_moment(images.flatten(0, 1))
+
+
+CHANNELS = 64  # up to which a product per image is faster than one of all after a copy

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfac_func.blocks.base import Block, Diagonal, Factor, Use
 from kfac_func.blocks.factors import add, balanced, diagonal_of, scaled, shifted
-from kfac_func.blocks.patterns import Form, Pattern, form_for, form_of, moment
+from kfac_func.blocks.patterns import Form, Pattern, form_for, form_of, map_moment, moment
 from kfac_func.blocks.rows import examples_first, input_rows, kept_rows, output_rows, with_constant
 
 
@@ -68,10 +68,17 @@ def _moments(block: Block, uses: list[Use], pattern: Pattern) -> KroneckerState:
     form = form_for(pattern, uses[0].rule.width, pattern.sides != "input")
     rows = [output_rows(use, block.sharing) for use in uses]
     count = block.examples * total
-    g = scaled(add([moment(part.flatten(0, 2), form) for part in rows]), 1 / count)
+    g = scaled(add([_output_moment(use, part, form) for use, part in zip(uses, rows, strict=True)]), 1 / count)
     centred = _centred(pattern, "output")
     g_mean = add([part.sum(dim=(1, 2)) for part in rows]) / count if centred else ()
     return KroneckerState(a, g, positions, kept, (), a_mean, g_mean)
+
+
+def _output_moment(use: Use, rows: Tensor, form: Form) -> Factor:
+    """Σ g gᵀ over rows [V, B, S, (q), o]."""
+    if use.rule.kind.grid is not None and rows.ndim == 4 and form == Form():
+        return map_moment(rows)
+    return moment(rows.flatten(0, 2), form)
 
 
 def _centred(pattern: Pattern, side: str) -> bool:
