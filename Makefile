@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 DEMO ?=
+BENCH ?=
+BENCH_OUT ?= benchmarks/results
 
 PY := $(VENV)/bin/python
 # Many small tests side by side: one thread each, or the workers fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test lint format docs bench bench-peers clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m kfac_func.demo $(DEMO)
@@ -33,12 +35,23 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	$(PY) -m mkdocs build --strict --quiet
 
-bench: $(VENV)/.installed-dev
-	$(PY) -m pytest benchmarks --benchmark-only
+# What got slower since the committed figures is printed; the exit status never depends on a time.
+bench: $(VENV)/.installed-demo
+	$(PY) -m benchmarks.report --out $(BENCH_OUT) $(BENCH)
+
+# Other optimisers in the same rounds, in an environment of their own: their requirements stay out of ours.
+bench-peers: $(VENV)-peers/.installed-peers
+	$(VENV)-peers/bin/python -m benchmarks.report --parts peers --name peers --out $(BENCH_OUT) $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-peers build dist demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)-peers/.installed-peers: pyproject.toml constraints.txt benchmarks/peers/requirements.txt
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]" \
+		--requirement benchmarks/peers/requirements.txt
+	touch $@
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median, quantiles
+from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import benchmarks
+from benchmarks.records import Spread, spread
 
 BASELINE = "sgd"
 
@@ -28,25 +29,6 @@ class Step(NamedTuple):
 
     run: Callable[[], Any]
     trains: bool = False
-
-
-class Spread(NamedTuple):
-    """A median with the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of at least one value."""
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return Spread(middle, low, high)
 
 
 class Race:
@@ -132,9 +114,11 @@ SCHEDULES: dict[str, dict[str, float]] = {
 c: statistics every 10, factorisation every 100; d: precondition only."""
 
 
-def schedule_ratios(race: Race) -> dict[str, Spread]:
-    """The ratios of the schedules, combined inside every round from the blocks "full", "stats" and "pre"."""
-    return {name: spread(race.ratios(mix)) for name, mix in SCHEDULES.items()}
+def schedule_ratios(race: Race, form: str = "{}") -> dict[str, Spread]:
+    """The ratios of the schedules, combined inside every round from the blocks "full", "stats" and "pre"; `form` makes
+    their names, "{} compiled" for example. A schedule of which a kind of step was not timed is left out."""
+    mixes = {name: {form.format(kind): share for kind, share in mix.items()} for name, mix in SCHEDULES.items()}
+    return {name: spread(race.ratios(mix)) for name, mix in mixes.items() if set(mix) <= set(race.steps)}
 
 
 def configure(threads: int) -> None:

@@ -19,17 +19,23 @@ from benchmarks.harness import BASELINE, configure
 from benchmarks.steps import Task, make_task, plain, whole
 from benchmarks.workloads import WORKLOADS
 
-_STATUS = Path("/proc/self/status")
+STATUS = Path("/proc/self/status")
 _STEPS = 5
 
 
-def memory_over_sgd(task: Task, kind: str = "full", estimator: str = "monte_carlo") -> float | None:
-    """MB of a step of ours beyond the plain step, or None where they cannot be had."""
-    if task.device.type == "cuda":
-        return _on_gpu(task, kind, estimator) - _on_gpu(task, BASELINE, estimator)
-    if not _STATUS.exists() or task.workload.name not in WORKLOADS:
-        return None
-    return _on_cpu(task, kind, estimator) - _on_cpu(task, BASELINE, estimator)
+def memory_over_sgd(task: Task, kind: str = "full", estimator: str = "monte_carlo", repeats: int = 1) -> list[float]:
+    """MB of a step of ours beyond the plain step, as often as asked; empty where they cannot be had."""
+    peak = _on_gpu if task.device.type == "cuda" else _on_cpu
+    if peak is _on_cpu and (not STATUS.exists() or task.workload.name not in WORKLOADS):
+        return []
+    return [peak(task, kind, estimator) - peak(task, BASELINE, estimator) for _ in range(repeats)]
+
+
+def peak_resident() -> float:
+    """The peak of this process in MB, from the kernel: not `ru_maxrss`, which is inherited from the parent."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / 1e6
 
 
 def _run(task: Task, kind: str, estimator: str) -> None:
@@ -54,13 +60,11 @@ def _on_cpu(task: Task, kind: str, estimator: str) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one variant, print the peak of this process in MB: not `ru_maxrss`, which is inherited from the parent."""
+    """Run one variant and print the peak of this process in MB."""
     name, kind, estimator, examples, threads = arguments
     configure(int(threads))
     _run(make_task(WORKLOADS[name], torch.device("cpu"), int(examples)), kind, estimator)
-    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-    assert found is not None
-    print(int(found[1]) * 1024 / 1e6)
+    print(peak_resident())
 
 
 if __name__ == "__main__":

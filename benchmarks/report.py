@@ -1,112 +1,98 @@
-"""The table of schedules a, b, c, d per workload, with the aims beside it: `python -m benchmarks.report`.
+"""The figures of one training step: `python -m benchmarks.report`, or `make bench`.
 
-    python -m benchmarks.report --quick                               does everything run? (figures without meaning)
-    python -m benchmarks.report --workloads W1 W2 --rounds 15         the schedules of some workloads
-    python -m benchmarks.report --phases --peers --memory --compiled  everything there is
-    python -m benchmarks.report --hardware "2-core CPU" --append      add the table to benchmarks/NOTES.md
+    python -m benchmarks.report --quick                            does everything run? (figures without meaning)
+    python -m benchmarks.report --workloads W1 W2 --parts phases   some workloads, eager steps and their phases only
+    python -m benchmarks.report --out benchmarks/results           write steps.json, steps.md and steps.png
+    python -m benchmarks.report --parts peers --name peers         other optimisers in the same rounds
 
-The exit status says whether it ran, never whether it was fast.
+Everything is a ratio to the plain step inside one round (see NOTES.md). A run compares itself with the record that is
+there before it writes its own. The exit status says whether it ran, never whether it was fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.harness import BASELINE, SCHEDULES, Race, Spread, configure, schedule_ratios, settings
+from benchmarks import records
+from benchmarks.harness import BASELINE, Race, configure, schedule_ratios, settings
 from benchmarks.memory import memory_over_sgd
-from benchmarks.peers import installed, peer_steps
-from benchmarks.steps import ESTIMATORS, PHASES, Task, compiled, make_task, phases, standard
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.peers import PEERS, peer_steps
+from benchmarks.records import MEMORY
+from benchmarks.step_plot import drawn
+from benchmarks.steps import (
+    COMPILED,
+    ESTIMATORS,
+    PARTS_OF_FULL,
+    Task,
+    make_task,
+    phases,
+    plain_compiled,
+    standard,
+)
+from benchmarks.tables import rendered, table
+from benchmarks.workloads import WORKLOADS
 
+__all__ = ["append", "checked", "main", "parser_for", "plain_parser", "table"]
 NOTES = Path(__file__).parent / "NOTES.md"
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("compiled", "phases", "memory", "peers")
 
 
-class Measured(NamedTuple):
-    """What one workload gave."""
-
-    workload: Workload
-    milliseconds: float  # of the plain step
-    schedules: dict[str, Spread]
-    itself: Spread
-    others: dict[str, Spread]  # phases, peers, compiled
-    losses: dict[str, float]
-    memory: float | None
-
-
-def measure(task: Task, options: argparse.Namespace) -> Measured:
-    """Time everything that the options ask for, in the same rounds."""
-    steps = standard(task, options.estimator)
-    own = set(steps)
-    steps |= phases(task) if options.phases else {}
-    steps |= peer_steps(task, installed()) if options.peers else {}
-    steps |= {"compiled": compiled(task)} if options.compiled else {}
-    race = Race(steps, task.device, 0.0 if options.quick else 0.25).warm(1 if options.quick else 3).run(options.rounds)
-    losses = {name: race.loss(name) for name in steps}
-    return Measured(
-        task.workload,
-        race.milliseconds(BASELINE),
-        schedule_ratios(race),
-        race.ratio("sgd again"),
-        {name: race.ratio(name) for name in steps if name not in own},
-        {name: loss for name, loss in losses.items() if loss is not None},
-        memory_over_sgd(task, "full", options.estimator) if options.memory else None,
-    )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table that is aligned as text too; the first row is the head."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def schedules_table(found: Sequence[Measured]) -> str:
-    """Ratios with quartiles, and the aim behind the slash."""
-    rows = [["", "sgd ms", *SCHEDULES, "sgd again", "MB over sgd"]]
-    for m in found:
-        aims = m.workload.targets or {}
-        cells = [f"{ratio} / {aims[name]:g}" if name in aims else str(ratio) for name, ratio in m.schedules.items()]
-        aim = "" if m.workload.memory is None else f" / {m.workload.memory:g}"
-        memory = "-" if m.memory is None else f"{m.memory:.0f}{aim}"
-        rows.append([f"{m.workload.name} {m.workload.title}", f"{m.milliseconds:.2f}", *cells, str(m.itself), memory])
-    return table(rows)
+def measure(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Time everything that the options ask for in the same rounds: the entry of one workload in a record."""
+    asked = set(options.parts)
+    compiled = "compiled" in asked
+    torch.compiler.reset()  # graphs of other workloads count towards the limit of recompilations
+    steps = standard(task, options.estimator, compiled)
+    steps |= {"sgd compiled": plain_compiled(task)} if compiled else {}
+    own = [name for name in steps if name != BASELINE]
+    parts = phases(task, options.estimator) if "phases" in asked else {}
+    others, missing = peer_steps(task) if "peers" in asked else ({}, {})
+    race = Race(steps | parts | others, task.device, 0.0 if options.quick else options.block)
+    race.warm(1 if options.quick else 3).run(options.rounds)
+    figures = {"schedules": schedule_ratios(race), "steps": {name: race.ratio(name) for name in own}}
+    if compiled:
+        figures["schedules"] |= {COMPILED.format(n): r for n, r in schedule_ratios(race, COMPILED).items()}
+    if parts:
+        total = records.spread(race.ratios(dict.fromkeys(PARTS_OF_FULL, 1.0)))
+        figures["phases"] = {name: race.ratio(name) for name in parts} | {"sum of phases": total}
+    if others:
+        figures["peers"] = {name: race.ratio(name) for name in others}
+        for peer in PEERS:
+            found = schedule_ratios(race, peer + " {}")
+            figures["schedules"] |= {f"{schedule} {peer}": ratio for schedule, ratio in found.items()}
+    memory = memory_over_sgd(task, "full", options.estimator, 1 if options.quick else 3) if "memory" in asked else []
+    if memory:
+        figures[MEMORY] = {"full": records.spread(memory)}
+    losses = {name: race.loss(name) for name in race.steps}
+    return {
+        "title": task.workload.title,
+        "examples": len(task.inputs),
+        "milliseconds": race.milliseconds(BASELINE),
+        "targets": (task.workload.targets or {}) | ({MEMORY: task.workload.memory} if task.workload.memory else {}),
+        "figures": figures,
+        "losses": {name: loss for name, loss in losses.items() if loss is not None},
+        "missing": missing,
+    }
 
 
-def others_table(found: Sequence[Measured]) -> str:
-    """One step of everything else over a plain step: phases first, then peers."""
-    names = list(dict.fromkeys(name for m in found for name in m.others))
-    head = ["one step of", *(m.workload.name for m in found)]
-    rows = [[name, *(str(m.others[name]) if name in m.others else "-" for m in found)] for name in names]
-    return table([head, *rows])
+def hardware(device: torch.device) -> str:
+    """The machine in plain words, when nobody says better."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()}-core CPU"
 
 
-def losses_table(found: Sequence[Measured]) -> str:
-    """The loss that every training variant has reached: a sign of life, the numbers of steps differ."""
-    names = list(dict.fromkeys(name for m in found for name in m.losses))
-    head = ["loss at the end", *(m.workload.name for m in found)]
-    rows = [[name, *(f"{m.losses[name]:.4g}" if name in m.losses else "-" for m in found)] for name in names]
-    return table([head, *rows])
-
-
-def rendered(found: Sequence[Measured], options: argparse.Namespace, device: torch.device) -> str:
-    """All tables with the settings in front, as markdown."""
-    facts = {"hardware": options.hardware} if options.hardware else {}
-    facts |= settings(device) | {"estimator": options.estimator, "rounds": options.rounds}
-    parts = [
-        ", ".join(f"{key} {value}" for key, value in facts.items()),
-        *(["QUICK: four examples, two rounds. The figures mean nothing."] if options.quick else []),
-        "Ratio to the plain step, median [quartiles] / aim:",
-        schedules_table(found),
-        *([others_table(found)] if any(m.others for m in found) else []),
-        losses_table(found),
-    ]
-    return "\n\n".join(parts)
+def facts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    given = {"estimator": options.estimator, "rounds": options.rounds, "quick": options.quick}
+    machine = {"hardware": options.hardware or hardware(device), "date": str(datetime.date.today())}
+    return machine | settings(device) | given
 
 
 def append(text: str, title: str, notes: Path = NOTES) -> None:
@@ -114,16 +100,22 @@ def append(text: str, title: str, notes: Path = NOTES) -> None:
     notes.write_text(notes.read_text().rstrip("\n") + f"\n\n### {title}\n\n{text}\n")
 
 
-def parser_for(name: str, text: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options that every table has in common."""
+def plain_parser(name: str, text: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every measurement has in common."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(text or "").split("\n\n")[0])
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="monte_carlo")
     parser.add_argument("--quick", action="store_true", help="four examples, two rounds of single steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hardware", help='the machine in plain words, for the notes: "2-core CPU"')
+    return parser
+
+
+def parser_for(name: str, text: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Those and the options of tables of workloads that go to the notes."""
+    parser = plain_parser(name, text, rounds)
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--append", action="store_true", help="add the tables to NOTES.md (needs --hardware)")
     return parser
 
@@ -131,36 +123,49 @@ def parser_for(name: str, text: str | None, rounds: int) -> argparse.ArgumentPar
 def checked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """What the command line says."""
     options = parser.parse_args(arguments)
-    if options.append and (options.quick or not options.hardware):
+    if getattr(options, "append", False) and (options.quick or not options.hardware):
         parser.error("--append needs --hardware, and a run that is not --quick")
+    out = getattr(options, "out", None)
+    if options.quick and out is not None and out.resolve() == RESULTS:
+        parser.error("the figures of a --quick run mean nothing: write them elsewhere")
     options.rounds = 2 if options.quick else options.rounds
     return options
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = parser_for("report", __doc__, 15)
-    parser.add_argument("--phases", action="store_true", help=f"also {', '.join(PHASES)}")
-    parser.add_argument("--peers", action="store_true", help="also the other optimisers that are installed")
-    parser.add_argument("--compiled", action="store_true", help="also the compiled functional step")
-    parser.add_argument("--memory", action="store_true", help="also peak memory over the plain step")
-    return checked(parser, arguments)
+    parser = plain_parser("report", __doc__, 15)
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS[:3], help="besides the eager steps")
+    parser.add_argument("--block", type=float, default=0.25, help="seconds of one block")
+    parser.add_argument("--out", type=Path, help="write NAME.json, NAME.md and NAME.png into this folder")
+    parser.add_argument("--name", default="steps")
+    parser.add_argument("--against", type=Path, help="the record to compare with; default results/NAME.json")
+    options = checked(parser, arguments)
+    options.against = options.against or RESULTS / f"{options.name}.json"
+    return options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and append when asked."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print, compare with the last record, and write when asked."""
     options = parsed(arguments)
     configure(options.threads)
     device = torch.device(options.device)
-    print(", ".join(f"{key} {value}" for key, value in settings(device).items()), flush=True)
-    found = []
+    record: dict[str, Any] = {"settings": facts(options, device), "workloads": {}}
+    print(", ".join(f"{key} {value}" for key, value in record["settings"].items()), flush=True)
     for name in options.workloads:
-        found.append(measure(make_task(WORKLOADS[name], device, 4 if options.quick else None), options))
-        print(f"{name}: " + ", ".join(f"{k} {ratio}" for k, ratio in found[-1].schedules.items()), flush=True)
-    text = rendered(found, options, device)
+        found = measure(make_task(WORKLOADS[name], device, 4 if options.quick else None), options)
+        record["workloads"][name] = found
+        print(f"{name}: " + ", ".join(f"{k} {r}" for k, r in found["figures"]["schedules"].items()), flush=True)
+    text = rendered(record)
     print("\n" + text)
-    if options.append:
-        append(text, f"{options.hardware}, {datetime.date.today()}")
+    if options.against.exists():
+        print("\n" + records.verdict(records.read(options.against), record))
+    if options.out is not None:
+        records.write(record, options.out / f"{options.name}.json")
+        (options.out / f"{options.name}.md").write_text(f"# {options.name.capitalize()}\n\n{text}\n")
+        drawn(record, options.out / f"{options.name}.png")
+    return record
 
 
 if __name__ == "__main__":

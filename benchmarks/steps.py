@@ -1,15 +1,16 @@
 """The variants that are timed on a workload: the plain step, the phases of a K-FAC step, three kinds of whole step.
 
-    sgd                    nn.Module forward, .backward(), torch.optim.SGD: what everything is divided by
-    gradient               value_grad_and_stats(stats=False): value and gradient alone
-    capture                the recorded forward pass, without any backward pass
-    monte_carlo, empirical value, gradient and statistics of that estimator, not yet measured
-    measure                moments from statistics that exist
-    factorize              damping and inverses of averages that exist
-    precondition           solving for gradients that exist
-    full, stats, pre       whole steps that train: with statistics and refresh, with statistics only, with neither
+    sgd                nn.Module forward, .backward(), torch.optim.SGD: what everything is divided by
+    full, stats, pre   whole steps that train: with statistics and refresh, with statistics only, with neither
+    full compiled ...  the same by `kf.compile_step`
 
-All training variants go down with the same small rate: a stale inverse must stay harmless over thousands of steps.
+    gradient     value and gradient alone                 measure     moments from statistics that exist, and averages
+    capture      the recorded forward pass alone          factorise   damping and inverses of averages that exist
+    statistics   value, gradient and statistics           solve       the solved gradient
+                                                          apply       plain descent with updates that exist
+
+A full step is statistics + measure + factorise + solve + apply ("sum of phases" in the tables). All training variants
+go down with the same small rate: a stale inverse must stay harmless over thousands of steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import kfac_func as kf
 from benchmarks.harness import BASELINE, Step
+from benchmarks.records import ITSELF
 from benchmarks.workloads import SEED, Workload
 from kfac_func.capture import record
 
@@ -31,7 +33,9 @@ ESTIMATORS: dict[str, Callable[[], kf.estimators.Estimator]] = {
     "monte_carlo": kf.estimators.monte_carlo,
     "empirical": kf.estimators.empirical,
 }
-PHASES = ("gradient", "capture", "monte_carlo", "empirical", "measure", "factorize", "precondition")
+PHASES = ("gradient", "capture", "statistics", "measure", "factorise", "solve", "apply")
+PARTS_OF_FULL = ("statistics", "measure", "factorise", "solve", "apply")
+COMPILED = "{} compiled"
 
 
 class Task(NamedTuple):
@@ -73,53 +77,74 @@ def _generator(task: Task) -> torch.Generator:
     return torch.Generator(task.device).manual_seed(SEED)
 
 
-def whole(task: Task, kind: str, estimator: str = "monte_carlo") -> Step:
-    """A training step of default `kfac()` and plain descent: "full", "stats" or "pre" (after one full step)."""
-    fn, start = kf.make_functional(task.module())
-    step = kf.value_grad_and_stats(fn, task.workload.loss, estimator=ESTIMATORS[estimator]())
-    tx = kf.chain(kf.kfac(), kf.sgd(RATE))
-    generator = _generator(task)
-    batch = task.inputs, task.targets
+def eager(
+    fn: Callable[..., Tensor], loss: kf.losses.Loss, tx: kf.GradientTransformation, *, estimator: Any = None
+) -> Callable[..., Any]:
+    """What `kf.compile_step` makes, without a compiler."""
+    step = kf.value_grad_and_stats(fn, loss, estimator=estimator)
 
-    def move(params: Any, state: Any, kind: str) -> tuple[Tensor, Any, Any]:
-        value, grads, stats = step(params, batch, generator=generator, stats=kind != "pre")
-        updates, state = tx.update(grads, state, params, stats=stats, refresh=kind == "full")
+    def train(
+        params: Any, state: Any, batch: Any, *, generator: Any = None, stats: bool = True, refresh: bool | None = None
+    ) -> tuple[Tensor, Any, Any]:
+        value, grads, found = step(params, batch, generator=generator, stats=stats)
+        updates, state = tx.update(grads, state, params, stats=found, refresh=refresh)
         return value, kf.apply_updates(params, updates), state
 
-    _, params, state = move(start, tx.init(start), "full")
+    return train
+
+
+def whole(
+    task: Task,
+    kind: str,
+    estimator: str = "monte_carlo",
+    compiled: bool = False,
+    tx: kf.GradientTransformation | None = None,
+) -> Step:
+    """A training step: "full", "stats" or "pre" (after one full step); default `kfac()` and plain descent."""
+    fn, start = kf.make_functional(task.module())
+    tx = kf.chain(kf.kfac(), kf.sgd(RATE)) if tx is None else tx
+    make: Callable[..., Any] = kf.compile_step if compiled else eager
+    train = make(fn, task.workload.loss, tx, estimator=ESTIMATORS[estimator]())
+    generator, batch = _generator(task), (task.inputs, task.targets)
+    _, params, state = train(start, tx.init(start), batch, generator=generator, refresh=True)
 
     def run() -> Tensor:
         nonlocal params, state
-        value, params, state = move(params, state, kind)
+        given = {"generator": generator, "stats": kind != "pre", "refresh": kind == "full"}
+        value, params, state = train(params, state, batch, **given)
         return value
 
     return Step(run, trains=True)
 
 
-def phases(task: Task) -> dict[str, Step]:
+def phases(task: Task, estimator: str = "monte_carlo") -> dict[str, Step]:
     """The parts of a step, each on tensors that already exist."""
     fn, params = kf.make_functional(task.module())
-    loss, batch, generator = task.workload.loss, (task.inputs, task.targets), _generator(task)
-    curvature = kf.curvature.blockwise(kf.curvature.kronecker(), kf.curvature.diagonal())
-    steps = {name: kf.value_grad_and_stats(fn, loss, estimator=make()) for name, make in ESTIMATORS.items()}
-    plan = kf.make_plan(fn, params, task.inputs)
-    _, grads, stats = steps["monte_carlo"](params, batch, generator=generator)
+    step = kf.value_grad_and_stats(fn, task.workload.loss, estimator=ESTIMATORS[estimator]())
+    batch, generator, descent = (task.inputs, task.targets), _generator(task), kf.sgd(RATE)
+    plan, fixed = kf.make_plan(fn, params, task.inputs), descent.init(params)
+    _, grads, stats = step(params, batch, generator=generator)
     assert stats is not None
-    held = stats.blocks()
     state = kf.observe(kf.kfac().init(params), stats)
-    damping = torch.tensor(1e-3, dtype=torch.float64, device=task.device)
+    curvature = kf.curvature.blockwise(kf.curvature.kronecker())
+    dampings = dict.fromkeys(stats.blocks(), torch.tensor(1e-3, dtype=torch.float64, device=task.device))
+
+    def apply() -> Any:
+        updates, _ = descent.update(grads, fixed, params)
+        return kf.apply_updates(params, updates)
+
     return {
-        "gradient": Step(lambda: steps["monte_carlo"](params, batch, stats=False)),
+        "gradient": Step(lambda: step(params, batch, stats=False)),
         "capture": Step(lambda: record(fn, plan, params, task.inputs)),
-        "monte_carlo": Step(lambda: steps["monte_carlo"](params, batch, generator=generator)),
-        "empirical": Step(lambda: steps["empirical"](params, batch, generator=generator)),
-        "measure": Step(lambda: curvature.measure(held)),
-        "factorize": Step(lambda: curvature.factorize(state.curvature, dict.fromkeys(held, damping), "pi")),
-        "precondition": Step(lambda: kf.precondition(state, grads)),
+        "statistics": Step(lambda: step(params, batch, generator=generator)),
+        "measure": Step(lambda: kf.observe(state, stats, refresh=False)),
+        "factorise": Step(lambda: curvature.factorize(state.curvature, dampings, "pi")),
+        "solve": Step(lambda: kf.precondition(state, grads)),
+        "apply": Step(apply),
     }
 
 
-def compiled(task: Task) -> Step:
+def plain_compiled(task: Task) -> Step:
     """The functional gradient and plain descent as one compiled graph (its first call takes many seconds)."""
     fn, params = kf.make_functional(task.module())
     step, tx = kf.value_grad_and_stats(fn, task.workload.loss), kf.sgd(RATE)
@@ -139,7 +164,10 @@ def compiled(task: Task) -> Step:
     return Step(run, trains=True)
 
 
-def standard(task: Task, estimator: str = "monte_carlo") -> dict[str, Step]:
+def standard(task: Task, estimator: str = "monte_carlo", compiled: bool = False) -> dict[str, Step]:
     """What the table of schedules needs: the baseline, the baseline once more, and the three kinds of step."""
-    kinds = {kind: whole(task, kind, estimator) for kind in KINDS}
-    return {BASELINE: plain(task), "sgd again": plain(task), **kinds}
+    steps = {BASELINE: plain(task), ITSELF: plain(task)}
+    steps |= {kind: whole(task, kind, estimator) for kind in KINDS}
+    if compiled:
+        steps |= {COMPILED.format(kind): whole(task, kind, estimator, compiled=True) for kind in KINDS}
+    return steps

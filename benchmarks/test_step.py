@@ -12,11 +12,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.conftest import Options
 from benchmarks.harness import BASELINE, Race, Spread, Step, schedule_ratios, settings
-from benchmarks.peers import PEERS, installed, peer_steps
-from benchmarks.steps import KINDS, PHASES, Task, compiled, make_task, phases, plain, standard, whole
+from benchmarks.peers import PEERS, peer_steps
+from benchmarks.steps import COMPILED, KINDS, PHASES, Task, make_task, phases, plain, standard, whole
 from benchmarks.workloads import WORKLOADS
 
 
@@ -92,23 +93,26 @@ def test_schedules(benchmark: Any, options: Options, workload: str) -> None:
     _noted(benchmark, race, task, options, {"sgd again": race.ratio("sgd again"), **schedule_ratios(race)})
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_compiled(benchmark: Any, options: Options, workload: str) -> None:
-    """The compiled functional step, with --compiled only."""
+def test_compiled(benchmark: Any, options: Options, workload: str, kind: str) -> None:
+    """The compiled whole step, with --compiled only."""
     if not options.compiled:
         pytest.skip("compiling takes many seconds; pass --compiled")
     task = _opened(options, workload)
-    _timed(benchmark, options, task, "compiled", lambda: compiled(task))
+    name = COMPILED.format(kind)
+    torch.compiler.reset()
+    _timed(benchmark, options, task, name, lambda: whole(task, kind, options.estimator, compiled=True))
 
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_peer(benchmark: Any, options: Options, workload: str, peer: str) -> None:
-    """Another optimiser, when it is installed."""
-    if peer not in installed():
-        pytest.skip(f"{PEERS[peer][0]} is not installed")
+    """Another optimiser, when it is installed and can run this."""
     task = _opened(options, workload)
-    steps = peer_steps(task, [peer])
+    steps, missing = peer_steps(task, {peer: PEERS[peer]})
+    if missing:
+        pytest.skip(missing[peer])
     race = Race({BASELINE: plain(task), **steps}, options.device, options.block_seconds).warm(1)
     benchmark.group = f"{workload} {task.workload.title}: peers"
     benchmark.pedantic(race.round, rounds=options.rounds, iterations=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kfac_func as kf
-from benchmarks import fisher_quality, harness, peers, report, steps, structures, workloads
+from benchmarks import fisher_quality, harness, peers, records, report, steps, structures, workloads
 from tests import oracles
 
 CPU = torch.device("cpu")
@@ -39,7 +39,9 @@ def task() -> steps.Task:
 
 
 def test_every_variant_gets_a_finite_ratio(task: steps.Task) -> None:
-    variants = steps.standard(task) | steps.phases(task) | peers.peer_steps(task, ["adamw"])
+    others, missing = peers.peer_steps(task, {"adamw": "torch"})
+    assert (list(others), missing) == (["adamw step"], {})
+    variants = steps.standard(task) | steps.phases(task) | others
     race = harness.Race(variants, CPU, block_seconds=0.0).warm(1).run(2)
     for name in variants:
         assert all(math.isfinite(x) and x > 0 for x in race.ratio(name))
@@ -51,7 +53,7 @@ def test_every_variant_gets_a_finite_ratio(task: steps.Task) -> None:
 def test_the_baseline_is_compared_with_itself(task: steps.Task) -> None:
     race = harness.Race(steps.standard(task), CPU, block_seconds=0.0).warm(1).run(3)
     assert len(race.ratios({"sgd again": 1.0})) == 3
-    assert race.ratio(harness.BASELINE) == harness.Spread(1.0, 1.0, 1.0)
+    assert race.ratio(harness.BASELINE) == records.Spread(1.0, 1.0, 1.0)
 
 
 def test_steps_train_and_stay_finite(task: steps.Task) -> None:
@@ -96,7 +98,7 @@ def test_a_round_times_every_variant_once_in_a_rotating_order() -> None:
 def test_ratios_are_taken_inside_a_round() -> None:
     race = harness.Race({name: harness.Step(lambda: None) for name in ("sgd", "full", "stats", "pre")}, CPU)
     race.seconds = {"sgd": [1.0, 2.0], "full": [10.0, 20.0], "stats": [2.0, 4.0], "pre": [1.0, 2.0]}
-    assert race.ratio("full") == harness.Spread(10.0, 10.0, 10.0)
+    assert race.ratio("full") == records.Spread(10.0, 10.0, 10.0)
     found = {name: ratio.median for name, ratio in harness.schedule_ratios(race).items()}
     assert found == pytest.approx({"a": 10.0, "b": 2.8, "c": 1.18, "d": 1.0})
 
@@ -105,27 +107,17 @@ def test_the_schedules_are_shares_of_one_step() -> None:
     assert all(sum(mix.values()) == pytest.approx(1.0) for mix in harness.SCHEDULES.values())
 
 
-def test_the_report_prints_and_appends(task: steps.Task, tmp_path: Path) -> None:
-    options = report.parsed(["--quick", "--workloads", "W2", "--phases"])
-    found = [report.measure(task, options)]
-    text = report.rendered(found, options, CPU)
-    assert "| tiny two layers |" in text
-    assert "| factorize" in text
-    assert "QUICK" in text
-    notes = tmp_path / "notes.md"
-    notes.write_text("# Notes\n")
-    report.append(text, "a machine", notes)
-    assert notes.read_text().startswith("# Notes\n\n### a machine\n\n")
-
-
 @pytest.mark.parametrize("arguments", [["--append"], ["--append", "--quick", "--hardware", "a laptop"]])
 def test_nothing_meaningless_is_appended(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        report.parsed(arguments)
+        structures.parsed(arguments)
 
 
-def test_peers_that_are_not_installed_are_left_out() -> None:
-    assert peers.installed({"a": ("torch", None), "b": ("no_such_package", None)}) == ["a"]
+def test_tables_are_added_to_the_end_of_the_notes(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.md"
+    notes.write_text("# Notes\n")
+    report.append("a table", "a machine", notes)
+    assert notes.read_text() == "# Notes\n\n### a machine\n\na table\n"
 
 
 # ------------------------------------------------------------------ structures
@@ -166,7 +158,7 @@ def test_every_structure_gets_finite_ratios(given: structures.Batches, name: str
 def test_a_structure_is_compared_with_kronecker_inside_a_round() -> None:
     race = harness.Race({name: harness.Step(lambda: None) for name in ("pre", "full", "own pre", "own full")}, CPU)
     race.seconds = {"pre": [1.0, 2.0], "full": [3.0, 6.0], "own pre": [5.0, 10.0], "own full": [7.0, 14.0]}
-    assert structures.compared(race, {"pre": 0.5, "full": 0.5}) == harness.Spread(3.0, 3.0, 3.0)
+    assert structures.compared(race, {"pre": 0.5, "full": 0.5}) == records.Spread(3.0, 3.0, 3.0)
 
 
 def test_a_state_is_timed_on_a_batch_that_it_has_not_seen(given: structures.Batches) -> None:

@@ -140,3 +140,14 @@ def test_draws_need_a_generator():
     train = kf.compile_step(fn, LOSS, tx, backend="eager")
     with pytest.raises(kf.errors.HyperparameterError, match=r"monte_carlo draws random numbers and got no generator"):
         train(params, tx.init(params), (X, Y))
+
+
+def test_any_number_of_steps_may_be_compiled():
+    torch._dynamo.reset()
+    fn, params = kf.make_functional(nn.Sequential(nn.Linear(9, 3)).double())
+    for rate in range(1, 11):  # torch stops at eight graphs of one function
+        tx = kf.chain(kf.kfac(damping=0.1), kf.sgd(0.1 * rate))
+        train = kf.compile_step(fn, LOSS, tx, backend="eager")
+        _, params, state = train(params, tx.init(params), (X, Y), generator=generator())
+        value, params, state = train(params, state, (X, Y), generator=generator(), refresh=False)
+        assert value.isfinite()
