@@ -27,7 +27,7 @@ from kfac_func.blocks.factors import transpose as transpose
 from kfac_func.blocks.factors import widened as widened
 from kfac_func.blocks.leaves import pack as pack
 from kfac_func.blocks.leaves import unpack as unpack
-from kfac_func.blocks.measures import gradient as gradient
+from kfac_func.blocks.measures import gradients as gradients
 from kfac_func.blocks.measures import mean_squares as mean_squares
 from kfac_func.blocks.measures import per_example as per_example
 from kfac_func.blocks.measures import squares as squares

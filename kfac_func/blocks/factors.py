@@ -37,8 +37,8 @@ def shifted(factor: Factor, c: Tensor) -> Factor:
         return Diagonal(factor.values + c.to(factor.values.dtype)[..., None])
 
     def one(block: Tensor) -> Tensor:
-        eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
-        return block + widened(c.to(block.dtype), block) * eye
+        diagonal = block.diagonal(dim1=-2, dim2=-1)
+        return block.diagonal_scatter(diagonal + widened(c.to(block.dtype), diagonal), dim1=-2, dim2=-1)
 
     return mapped(one, factor)
 

@@ -39,10 +39,15 @@ def unpack(layout: Layout, v: Tensor, shapes: dict[str, torch.Size]) -> dict[str
     found = {}
     if layout.weight is not None:
         columns = v.shape[-1] - (layout.bias is not None)
-        permuted = [layout.shape[d] for d in layout.order]
-        inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
-        weight = v[..., :columns].reshape(permuted).permute(inverse).clone(memory_format=torch.contiguous_format)
-        found[layout.weight] = weight.reshape(shapes[layout.weight])
+        weight = v[..., :columns].clone(memory_format=torch.contiguous_format)
+        found[layout.weight] = weight_leaf(layout, weight, shapes[layout.weight])
     if layout.bias is not None:
         found[layout.bias] = v[..., -1].reshape(shapes[layout.bias]).clone()
     return found
+
+
+def weight_leaf(layout: Layout, v: Tensor, shape: torch.Size) -> Tensor:
+    """The leaf of a matrix block's weight from its part [(q), o, i] of V; a view where it can be one."""
+    permuted = [layout.shape[d] for d in layout.order]
+    inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
+    return v.reshape(permuted).permute(inverse).contiguous().reshape(shape)

@@ -4,11 +4,14 @@ itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Use
 from kfac_func.blocks.factors import add, densify, diagonal_of, multiplied, rotated
+from kfac_func.blocks.leaves import unpack, weight_leaf
 from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
 from kfac_func.blocks.products import kronecker_state, merged
 from kfac_func.blocks.rows import examples_first
@@ -83,19 +86,30 @@ def within(factor: Factor, basis: Factor) -> Tensor:
     return (u * (densify(factor) @ u)).sum(dim=-2)
 
 
-def gradient(layout: Layout, uses: tuple[Use, ...]) -> Tensor:
-    """The gradient V of a block for ONE output vector (grads [1, *output]), summed over its uses and their examples."""
-    return add([_use_gradient(layout, use) for use in uses])
+def gradients(layout: Layout, uses: Sequence[Use], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The gradients of a block's leaves for ONE output vector (grads [1, *output]), summed over its uses and their
+    examples.
+    """
+    if not layout.matrix:
+        return unpack(layout, add([_weight_gradient(use) for use in uses]), shapes)
+    found = {}
+    if layout.weight is not None:
+        found[layout.weight] = weight_leaf(layout, add([_weight_gradient(use) for use in uses]), shapes[layout.weight])
+    if layout.bias is not None:
+        found[layout.bias] = add([_bias_gradient(use) for use in uses]).reshape(shapes[layout.bias])
+    return found
 
 
-def _use_gradient(layout: Layout, use: Use) -> Tensor:
+def _weight_gradient(use: Use) -> Tensor:
     rule = use.rule
     assert use.grads is not None
-    x = examples_first(use.inputs, rule.where)
-    g = examples_first(use.grads[0], rule.where)
+    x, g = examples_first(use.inputs, rule.where), examples_first(use.grads[0], rule.where)
     v = rule.kind.gradient(x, g, rule.options)
-    if layout.matrix and layout.bias is not None:
-        assert rule.kind.output_rows is not None
-        column = rule.kind.output_rows(g.unsqueeze(0), rule.options).sum(dim=(0, 1, 2)).unsqueeze(-1)
-        v = column if layout.weight is None else torch.cat([v, column], dim=-1)
     return v.mT if rule.transposed else v
+
+
+def _bias_gradient(use: Use) -> Tensor:
+    rule = use.rule
+    assert use.grads is not None
+    assert rule.kind.output_rows is not None
+    return rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options).sum(dim=(0, 1, 2))

@@ -22,7 +22,7 @@ from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
-from kfac_func.blocks import Block, KroneckerState, Use, gradient, pays, thin, unpack
+from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
 from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, uniform
@@ -154,7 +154,7 @@ def _gradients(
     rows = {}
     for layout, uses in plan.blocks:
         mine = tuple(Use(run.inputs[k], own[k].unsqueeze(0), rule) for k, rule in uses)
-        found |= unpack(layout, gradient(layout, mine), shapes)
+        found |= gradients(layout, mine, shapes)
         if layout.name in kept:
             rows[layout] = thin(layout, mine)
     found = {path: found[path].to(leaf.dtype) for path, leaf in leaves.items()}

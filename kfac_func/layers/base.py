@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func._errors import CaptureError, explain
@@ -81,9 +82,10 @@ def ref_of(call: Call, value: Any) -> Ref | None:
 
 def border(moment: Tensor, first: Tensor, count: int) -> Tensor:
     """The moment of [a; 1] from Σ a aᵀ, Σ a and the number of rows; group dimensions in front."""
-    corner = torch.full_like(first[..., :1], count)
-    top = torch.cat([moment, first.unsqueeze(-1)], dim=-1)
-    return torch.cat([top, torch.cat([first, corner], dim=-1).unsqueeze(-2)], dim=-2)
+    bordered = F.pad(moment, (0, 1, 0, 1), value=count)
+    bordered[..., -1, :-1] = first
+    bordered[..., :-1, -1] = first
+    return bordered
 
 
 def moment_of_rows(rows: Tensor, bias: bool) -> Tensor:

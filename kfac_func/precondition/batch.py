@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import StateError, explain
-from kfac_func._tracing import untouched
+from kfac_func._tracing import at_hand, untouched
 from kfac_func._typing import PyTree
-from kfac_func.blocks import Layout, Pairs, Thin, add
+from kfac_func.blocks import KroneckerState, Layout, Pairs, Thin, add, diagonal_of
 from kfac_func.estimators import Stats
 from kfac_func.precondition.rules import curvature_of
 from kfac_func.state import KFacState
@@ -64,7 +64,9 @@ class Batch:
 
     @staticmethod
     def _checked(moments: Any) -> tuple[Any, Tensor]:
-        finite = all_finite(moments)
+        finite = all_finite(witnesses(moments))
+        if at_hand(finite) and finite:
+            return moments, finite
         return _tree.tree_map(lambda m: torch.where(finite, m, 0.0), moments), finite
 
 
@@ -137,6 +139,20 @@ def _check_layouts(parts: Sequence[Stats], known: tuple[Layout, ...]) -> None:
                     options="use one model and one `unclaimed` setting per state",
                 )
             )
+
+
+def witnesses(tree: PyTree) -> PyTree:
+    """What is not finite if the tree is not: second moments by their diagonals, as |A_ij|² ≤ A_ii A_jj.
+
+    >>> witnesses(kf.curvature.KroneckerState(torch.ones(2, 2), torch.ones(1, 1), torch.ones(()), torch.ones(()))).a
+    tensor([1., 1.])
+    """
+
+    def of(state: KroneckerState) -> KroneckerState:
+        turned = () if state.turned == () else of(state.turned)
+        return state._replace(a=diagonal_of(state.a), g=diagonal_of(state.g), turned=turned)
+
+    return _tree.map_nodes(of, tree, KroneckerState)
 
 
 def all_finite(tree: PyTree) -> Tensor:
