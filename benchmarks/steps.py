@@ -16,6 +16,7 @@ go down with the same small rate: a stale inverse must stay harmless over thousa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def eager(
     fn: Callable[..., Tensor], loss: kf.losses.Loss, tx: kf.GradientTransformation, *, estimator: Any = None
 ) -> Callable[..., Any]:
     """What `kf.compile_step` makes, without a compiler."""
-    step = kf.value_grad_and_stats(fn, loss, estimator=estimator)
+    step = kf.value_grad_and_stats(fn, loss, estimator=estimator, rows=True)
 
     def train(
         params: Any, state: Any, batch: Any, *, generator: Any = None, stats: bool = True, refresh: bool | None = None
@@ -91,6 +92,11 @@ def eager(
         return value, kf.apply_updates(params, updates), state
 
     return train
+
+
+def _convolves(task: Task) -> bool:
+    """Where compiling the statistics makes them slower, says `kf.compile_step`."""
+    return any(isinstance(module, nn.Conv2d) for module in task.module().modules())
 
 
 def whole(
@@ -103,7 +109,7 @@ def whole(
     """A training step: "full", "stats" or "pre" (after one full step); default `kfac()` and plain descent."""
     fn, start = kf.make_functional(task.module())
     tx = kf.chain(kf.kfac(), kf.sgd(RATE)) if tx is None else tx
-    make: Callable[..., Any] = kf.compile_step if compiled else eager
+    make: Callable[..., Any] = partial(kf.compile_step, statistics=not _convolves(task)) if compiled else eager
     train = make(fn, task.workload.loss, tx, estimator=ESTIMATORS[estimator]())
     generator, batch = _generator(task), (task.inputs, task.targets)
     _, params, state = train(start, tx.init(start), batch, generator=generator, refresh=True)

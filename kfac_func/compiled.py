@@ -29,6 +29,7 @@ def compile_step(
     tx: GradientTransformation,
     *,
     estimator: Estimator | None = None,
+    statistics: bool = True,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     **options: Any,
@@ -40,6 +41,8 @@ def compile_step(
 
     fn, loss, estimator    as in `value_grad_and_stats`; `sharing`, `strict` and `unclaimed` in `options` go there
     tx                     a chain with `kfac()`, or any transformation
+    statistics             whether steps with statistics are compiled too. Better not with convolutions on a CPU: what
+                           is written out for their patches compiles for minutes and runs slower than it did before
     backend, mode          as in `torch.compile`
 
     The same numbers as without a compiler, but for rounding. `train` takes further
@@ -72,9 +75,10 @@ def compile_step(
         noise = _drawn(source, shape_of, params, batch[0], generator) if stats else None
         inner = _tree.nodes(state, KFacState)
         new = any(one.curvature == () for one in inner)
-        if not new and not _due(inner, refresh):
+        eager = new or (stats and not statistics)
+        if not eager and not _due(inner, refresh):
             return move(params, state, batch, noise, stats, stats and _scales(inner), extra)
-        if stats and not new:
+        if stats and not eager:
             value, grads, found = look(params, batch, noise)
         else:
             value, grads, found = step(params, batch, noise=noise, stats=stats)

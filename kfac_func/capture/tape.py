@@ -47,10 +47,13 @@ class Tap(torch.autograd.Function):
         return tangents[0].view_as(tangents[0])
 
 
+ADDED = 2**20  # numbers up to which an addition is faster than a function of our own
+
+
 def tap(out: Tensor, probe: Tensor, copied: bool) -> Tensor:
     """Pass `out` through (a copy of it, if it will be written in place) and give its gradient to `probe` as well."""
-    if torch.compiler.is_compiling():  # Dynamo loses gradients of unused inputs; the compiler fuses an addition away
-        return out + probe
+    if torch.compiler.is_compiling() or out.numel() < ADDED:
+        return out + probe  # a compiler fuses it away (and Dynamo would lose gradients of unused inputs)
     tapped: Tensor = Tap.apply(out, probe)
     return tapped.clone() if copied else tapped
 

@@ -115,7 +115,9 @@ def value_grad_and_stats(
         rules = StatsRules(plan, layouts_of(plan, run.rest), run.examples, sharing, silent=not stats)
         if rules.silent:
             return value, grads, Stats((), (), {}, (), known, Static(rules))
-        chunks = _chunks(source, loss, run, targets, (own, rest), generator, noise, plan)
+        mine = Chunk(own, rest) if source.own else None
+        del own, rest  # as large as all activations
+        chunks = _chunks(source, loss, run, targets, mine, generator, noise, plan)
         if measure is not None:
             found = _measured(measure, chunks, source.chunks(loss, run.outputs), run, Static(rules))
         else:
@@ -173,7 +175,7 @@ def _chunks(
     loss: Loss,
     run: Record,
     targets: Tensor,
-    own: tuple[tuple[Tensor, ...], dict[str, Tensor]],
+    own: Chunk | None,
     generator: torch.Generator | None,
     noise: Tensor | None,
     plan: Plan,
@@ -181,7 +183,7 @@ def _chunks(
     z, n = run.outputs, run.examples
     total = (n * example_weight(loss, n)) ** 0.5  # F of a sum is N times that of the mean
     flip = plan.shared and not source.zero_mean
-    if source.own and not flip:
+    if own is not None and not flip:
         scale = total / example_weight(loss, n)  # from ∂L/∂z to the gradient of every example's own loss
         taps, rest = own
         yield Chunk(

@@ -98,6 +98,7 @@ def _advanced(
     scale = curvature_of(state).scales and batch is not None and (first or scale_due(state, scale))
     if scale and batch is not None:
         state = scaled(state, batch)
+    batch = None  # factorisations need the memory of its moments
     return factorized(state, kept, some) if due or scale else state
 
 

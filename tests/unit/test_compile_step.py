@@ -121,6 +121,23 @@ def test_three_graphs_and_no_more():
     assert made == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3]
 
 
+def test_steps_with_statistics_may_stay_as_they_are():
+    torch._dynamo.reset()
+    fn, params = kf.make_functional(wide().double())
+    tx, graphs = plain(), []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(inputs)
+        return graph.forward
+
+    train = kf.compile_step(fn, LOSS, tx, statistics=False, backend=counting)
+    state, draws, made = tx.init(params), generator(), []
+    for k in range(8):
+        _, params, state = train(params, state, (X, Y), generator=draws, stats=k != 4)
+        made.append(len(graphs))
+    assert made == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
 def test_asked_for_a_refresh_or_for_none():
     torch._dynamo.reset()
     fn, params = kf.make_functional(wide().double())
