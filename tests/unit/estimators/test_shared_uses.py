@@ -30,7 +30,7 @@ def _over_signs(monkeypatch: pytest.MonkeyPatch, case: Case, estimator: Estimato
     """Moments averaged over all 2^N sign patterns of the examples."""
     found = []
     for u in oracles.patterns(len(case.targets), (0.25, 0.75)):
-        monkeypatch.setattr(statistics, "_uniform", lambda *args, u=u: u)
+        monkeypatch.setattr(statistics, "uniform", lambda *args, u=u: u)
         found.append(
             (0.5 ** len(case.targets), {k: squares(b) for k, b in measured(case, estimator, **options).items()})
         )
@@ -126,7 +126,7 @@ def test_factor_of_a_shared_use():
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for u in oracles.patterns(3, (0.25, 0.75)):
-            patch.setattr(statistics, "_uniform", lambda *args, u=u: u)
+            patch.setattr(statistics, "uniform", lambda *args, u=u: u)
             stats = step(case.params, case.batch)[2]
             assert stats is not None
             found.append(kf.curvature.kronecker().measure(stats.blocks()["place"]))
