@@ -132,8 +132,11 @@ def setting(model: str, device: Any) -> tuple[Any, dict, Tensor]:
     return step, params, x.to(device)
 
 
-def transformation(split: Any = "pi") -> kf.GradientTransformation:
-    return kf.chain(kf.kfac(damping=lambda step: 0.1 / (1 + step), split=split), kf.sgd(0.1, momentum=0.9))
+def transformation(split: Any = "pi", curvature: Any = None) -> kf.GradientTransformation:
+    return kf.chain(kf.kfac(curvature, damping=lambda step: 0.1 / (1 + step), split=split), kf.sgd(0.1, momentum=0.9))
+
+
+CURVATURES = {"kronecker": None, "eigen": kf.curvature.eigen(), "kpsvd": kf.curvature.kpsvd()}
 
 
 @pytest.mark.parametrize("split", ["pi", "none", "exact"])
@@ -154,10 +157,11 @@ def test_a_run_is_that_of_the_cpu(model, split):
     close(*found)
 
 
+@pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_between_refreshes_waits_for_nothing(model, waits):
+def test_a_step_between_refreshes_waits_for_nothing(model, curvature, waits):
     step, params, x = setting(model, DEVICE)
-    tx, draws, y = transformation(), torch.Generator(DEVICE).manual_seed(0), Y.to(DEVICE)
+    tx, draws, y = transformation(curvature=CURVATURES[curvature]), torch.Generator(DEVICE).manual_seed(0), Y.to(DEVICE)
     state = tx.init(params)
     for k in range(4):
         waits("default" if k < 2 else "error")
@@ -166,6 +170,23 @@ def test_a_step_between_refreshes_waits_for_nothing(model, waits):
         params = kf.apply_updates(params, updates)
     waits("default")
     assert all(leaf.isfinite().all() for leaf in params.values())
+
+
+def test_rows_and_a_compiled_step_are_those_of_the_cpu():
+    found = []
+    for device in ("cpu", DEVICE):
+        _, params, x = setting("conv", device)
+        fn, _ = kf.make_functional(MODELS["conv"][0]().double().to(device))
+        tx = transformation()
+        step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=kf.estimators.empirical(), rows=True)
+        train = kf.compile_step(fn, kf.losses.cross_entropy(), tx, estimator=kf.estimators.empirical())
+        y, state = Y.to(device), tx.init(params)
+        _, grads, stats = step(params, (x, y))
+        updates, _ = tx.update(grads, state, params, stats=stats)
+        for stats in (True, True, False):
+            _, params, state = train(params, state, (x, y), stats=stats, refresh=False)
+        found.append((updates, params, state))
+    close(*found)
 
 
 def test_a_state_moves_between_devices_in_a_file():
