@@ -54,9 +54,10 @@ def compile_step(
 
     A step without a refresh is one graph, in which gradients that only K-FAC reads are never summed up (`rows`). A
     step with one runs in two parts: a compiled pass, and the update as it is, whose factorisations are done side by
-    side, one core each. The first step is not compiled at all: its statistics give the state its shape. So there are
-    up to three graphs, made when first needed (with statistics, without, and the pass), and no others as long as the
-    shapes of a batch stay: leave out a smaller last batch. Raises what its parts raise.
+    side, one core each. The first step, and that after loading a state from a file, is not compiled at all: it gives
+    the state its shape. So there are up to three graphs, made when first needed (with statistics, without, and the
+    pass), and no others as long as the shapes of a batch stay: leave out a smaller last batch. Raises what its parts
+    raise.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> tx = kf.chain(kf.kfac(), kf.sgd(0.1))
@@ -74,7 +75,7 @@ def compile_step(
     def train(params, state, batch, *, generator=None, stats=True, refresh=None, **extra):
         noise = _drawn(source, shape_of, params, batch[0], generator) if stats else None
         inner = _tree.nodes(state, KFacState)
-        new = any(one.curvature == () for one in inner)
+        new = any(one.curvature == () or one.rules.value.curvature is None for one in inner)
         eager = new or (stats and not statistics)
         if not eager and not _due(inner, refresh):
             return move(params, state, batch, noise, stats, stats and _scales(inner), extra)

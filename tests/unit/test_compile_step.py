@@ -6,6 +6,7 @@ the graph as it is; one case goes through the default compiler.
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -149,6 +150,24 @@ def test_asked_for_a_refresh_or_for_none():
     before, new, old = (_tree.leaves(each[0].factored) for each in (state, moved, stale))
     torch.testing.assert_close(old, before, rtol=0, atol=0)
     assert not torch.allclose(new[0], before[0])
+
+
+def test_a_state_from_a_file_goes_on():
+    torch._dynamo.reset()
+    fn, params = kf.make_functional(wide().double())
+    tx, draws = plain(), generator()
+    train = kf.compile_step(fn, LOSS, tx, backend="eager")
+    _, params, state = train(params, tx.init(params), (X, Y), generator=draws)
+    _, params, state = train(params, state, (X, Y), generator=draws, refresh=False)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    one, two = params, params
+    loaded = torch.load(file, weights_only=True)
+    for _ in range(2):
+        _, one, state = train(one, state, (X, Y), stats=False)
+        _, two, loaded = train(two, loaded, (X, Y), stats=False)
+    torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-12)
 
 
 def test_draws_need_a_generator():
