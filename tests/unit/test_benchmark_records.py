@@ -123,7 +123,7 @@ def test_the_verdict_says_what_differs() -> None:
 def test_the_report_of_a_workload(
     task: steps.Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kf, "compile_step", steps.eager)
+    monkeypatch.setattr(kf, "compile_step", lambda *given, statistics, **options: steps.eager(*given, **options))
     monkeypatch.setattr(report, "plain_compiled", steps.plain)  # Dynamo cannot trace the checking hook
     monkeypatch.setattr(report, "memory_over_sgd", lambda *_: [20.0, 30.0, 40.0])
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", task.workload)

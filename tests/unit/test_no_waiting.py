@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kfac_func as kf
 from kfac_func import _tree
 from kfac_func.linalg import krylov, psd
-from kfac_func.precondition import averages
+from kfac_func.precondition import averages, batch
 from tests.zoo.cases import CASES
 from tests.zoo.run import run
 
@@ -48,7 +48,7 @@ def test_a_step_between_refreshes_asks_for_nothing(curvature: str, monkeypatch: 
     _, grads, stats = run(case)
     _, state = tx.update(grads, tx.init(case.params), case.params, stats=stats)
     want = tx.update(grads, state, case.params, stats=stats, refresh=False)
-    for module in (krylov, psd, averages):
+    for module in (krylov, psd, averages, batch):
         monkeypatch.setattr(module, "at_hand", lambda x: False)
     with Asked() as asked:
         got = tx.update(grads, state, case.params, stats=stats, refresh=False)
