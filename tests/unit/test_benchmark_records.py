@@ -125,6 +125,7 @@ def test_the_report_of_a_workload(
 ) -> None:
     monkeypatch.setattr(kf, "compile_step", lambda *given, statistics, **options: steps.eager(*given, **options))
     monkeypatch.setattr(report, "plain_compiled", steps.plain)  # Dynamo cannot trace the checking hook
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "none")  # no record to compare with yet
     monkeypatch.setattr(report, "memory_over_sgd", lambda *_: [20.0, 30.0, 40.0])
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", task.workload)
     asked = ["--quick", "--workloads", "tiny", "--parts", "phases", "compiled", "memory", "peers", "--threads", "1"]
