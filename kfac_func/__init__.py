@@ -4,9 +4,15 @@ surface.
 
 from kfac_func import _errors as errors
 from kfac_func import curvature as curvature
+from kfac_func import diagnostics as diagnostics
 from kfac_func import estimators as estimators
+from kfac_func import influence as influence
+from kfac_func import laplace as laplace
 from kfac_func import losses as losses
+from kfac_func import products as products
 from kfac_func import recipes as recipes
+from kfac_func import spectra as spectra
+from kfac_func import testing as testing
 from kfac_func.capture import Plan as Plan
 from kfac_func.capture import make_functional as make_functional
 from kfac_func.capture import make_plan as make_plan

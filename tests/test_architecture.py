@@ -14,23 +14,25 @@ DOOR = "__init__"
 FLOORS = {
     **dict.fromkeys(["_typing", "_errors", "_tracing"], 1),
     **dict.fromkeys(["_tree", "blocks", "losses"], 2),
-    **dict.fromkeys(["linalg", "layers", "products", "transforms", "checkpoint"], 3),
-    **dict.fromkeys(["capture", "damping"], 4),
+    **dict.fromkeys(["linalg", "layers", "transforms", "checkpoint"], 3),
+    **dict.fromkeys(["capture", "damping", "spectra"], 4),
     **dict.fromkeys(["estimators", "curvature", "adapters", "state"], 5),
-    **dict.fromkeys(["precondition", "distributed", "diagnostics"], 6),
-    **dict.fromkeys(["control", "compiled"], 7),
-    **dict.fromkeys(["recipes", "demo", DOOR], 8),
+    **dict.fromkeys(["precondition", "products", "distributed"], 6),
+    **dict.fromkeys(["control", "compiled", "operators"], 7),
+    **dict.fromkeys(["laplace", "influence", "testing", "diagnostics"], 8),
+    **dict.fromkeys(["recipes", "demo", DOOR], 9),
 }
 # On the top floor the door shows the recipes, and the demo uses the library through the door as its readers do.
 SAME_FLOOR = {(DOOR, "recipes"), ("demo", DOOR)}
 LEAVES = {"recipes", "adapters", "diagnostics", "checkpoint"}
-OPTIONAL = {"matplotlib", "sklearn", "tqdm", "torchopt", "posteriors"}
+OPTIONAL = {"matplotlib", "scipy", "sklearn", "tqdm", "torchopt", "posteriors"}
 HOMES = {
     "optree": "_tree",
     "torch.distributed": "distributed.comm",
     "matplotlib": "diagnostics.plots",
     "torchopt": "adapters.torchopt",
     "posteriors": "adapters.posteriors",
+    "scipy": "products.scipy_view",
     "sklearn": "demo.data",
     "tqdm": "demo.run",
 }

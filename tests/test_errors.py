@@ -10,7 +10,9 @@ import ast
 import io
 import linecache
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 import kfac_func as kf
 from kfac_func import _tree, errors
 from kfac_func.blocks import Layout, pack
-from tests import control_error_cases, error_cases
+from tests import error_cases
 from tests.error_cases import Case, wrong
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -148,7 +150,8 @@ HYPER, MISMATCH, CAPTURE, STATE = (
     errors.HyperparameterError, errors.TreeMismatchError, errors.CaptureError, errors.StateError,
 )  # fmt: skip
 
-CASES = error_cases.CASES | control_error_cases.CASES | {
+ROOMS = {room.name: import_module(f"tests.error_cases.{room.name}") for room in iter_modules(error_cases.__path__)}
+CASES = {f"{room}: {name}": case for room, module in ROOMS.items() for name, case in module.CASES.items()} | {
     "trees differ": Case(mapped({"a": 1}, {"b": 1}), MISMATCH, "'a'", "the same parameters"),
     "no such leaf": Case(lambda: _tree.replace_leaves({"a": 1}, {"b": 2}), MISMATCH, "'b'", "structure of the param"),
     "one path twice": Case(plan(FN, {"a.b": W, "a": {"b": W}}), MISMATCH, "'a.b'", "rename"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,7 @@ from torch import Tensor, nn
 
 import kfac_func as kf
 from kfac_func import errors
-
-
-class Case(NamedTuple):
-    """A call that fails, its error, what the message names, and the way out (or what is wanted) that it shows."""
-
-    call: Callable[[], Any]
-    error: type[Exception]
-    names: str
-    offers: str
-
-
-def wrong(value: Any) -> Any:
-    """A value that type checkers would not let pass."""
-    return value
-
+from tests.error_cases import Case, wrong
 
 FN, PARAMS = kf.make_functional(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
 C = kf.curvature
