@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func.blocks import Blocks, Diagonal, KroneckerState, Offsets, Pairs
+from kfac_func.linalg import Spectral
 
 _tree.storable(KroneckerState, Diagonal, Blocks, Offsets, Pairs)  # what states are made of
 
@@ -44,6 +45,8 @@ class Structure(NamedTuple):
                                                  `thin`, v may come as its rows (see `Thin`)
     dense(state) -> [p, p]                       F̂ without damping, on row-major vec(V): the oracle, never used in
                                                  training
+    spectrum(state, damping, split) -> Spectral  F̂ with its damping, in an eigenbasis: what `solve` inverts. None where
+                                                 there is none that is cheaper than that of `dense`
     matrix                                       whether it needs a matrix block
 
     State, moments and factored are NamedTuples of tensors.
@@ -60,6 +63,7 @@ class Structure(NamedTuple):
     refresh: Callable[[Any, Tensor, str], Any] = lambda state, damping, split: state
     scale: Callable[[Any, Look, Tensor], Any] | None = None
     thin: bool = False
+    spectrum: Callable[[Any, Tensor, str], Spectral] | None = None
 
 
 class Curvature(NamedTuple):
@@ -77,6 +81,8 @@ class Curvature(NamedTuple):
     dense(state) -> one dense matrix per block
     scales                                       whether `scale` does anything
     thin(name) -> bool                           whether `solve` takes the V of a matrix block as its rows too
+    spectra(state, damping, split) -> Spectral by block name
+                                                 F̂ with its damping; None for curvature between blocks
     costs(state) -> numbers by block name        what a factorisation of each block costs, up to a factor. A curvature
                                                  that has it can do some blocks at a time: `refresh` and `factorize`
                                                  take one more argument then, the names of the blocks that are `due`
@@ -94,6 +100,7 @@ class Curvature(NamedTuple):
     scales: bool = False
     costs: Callable[[Any], dict[str, int]] | None = None
     thin: Callable[[str], bool] = lambda name: False
+    spectra: Callable[..., dict[str, Spectral]] | None = None
 
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:

@@ -15,6 +15,7 @@ from kfac_func._tree import storable
 from kfac_func.blocks import Block, Thin
 from kfac_func.curvature.base import Curvature, Look, Structure
 from kfac_func.curvature.diagonal import diagonal
+from kfac_func.linalg import Spectral, decomposed
 from kfac_func.linalg.workers import side_by_side
 
 
@@ -192,12 +193,22 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
     def dense(state: Blockwise) -> dict[str, Tensor]:
         return _flat(each(lambda own, _, one: own.dense(one), state))
 
+    def spectra(state: Blockwise, damping: dict[str, Tensor], split: str) -> dict[str, Spectral]:
+        def one(own: Structure, block: str, thing: Any) -> Spectral:
+            if own.spectrum is not None:
+                return own.spectrum(thing, damping[block], split)
+            found = decomposed(own.dense(thing))
+            return found._replace(values=found.values + damping[block].to(found.values.dtype))
+
+        return _flat(apart(one, state))
+
     scales = any(structure.scale is not None for structure in structures)
 
     def thin(name: str) -> bool:
         return choose(name, True).thin
 
-    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, scales, _costs, thin)
+    every = prepare, measure, absorb, refresh, scale, factorize, solve, dense
+    return Curvature(name, *every, scales, _costs, thin, spectra)
 
 
 def _costs(state: Blockwise) -> dict[str, int]:

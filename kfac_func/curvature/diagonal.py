@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, squares
 from kfac_func.curvature.base import Structure
+from kfac_func.linalg import Spectral, elementwise
 
 
 class DiagonalState(NamedTuple):
@@ -56,4 +57,8 @@ def diagonal() -> Structure:
     def dense(state: DiagonalState) -> Tensor:
         return state.squares.flatten().diag()
 
-    return Structure("diagonal", measure, factorize, solve, dense)
+    def spectrum(state: DiagonalState, damping: Tensor, split: str) -> Spectral:
+        del split
+        return elementwise(state.squares + damping.to(state.squares.dtype))
+
+    return Structure("diagonal", measure, factorize, solve, dense, spectrum=spectrum)

@@ -24,7 +24,6 @@ from kfac_func.blocks import (
     Factor,
     KroneckerState,
     Oversize,
-    densify,
     kronecker_state,
     mapped,
     mean_squares,
@@ -35,7 +34,7 @@ from kfac_func.blocks import (
 )
 from kfac_func.curvature.base import Look, Structure, average
 from kfac_func.damping import EigenFactored, solve_product
-from kfac_func.linalg import eigenbasis, kron, refreshed_basis, times
+from kfac_func.linalg import Spectral, eigenbasis, refreshed_basis, times
 
 Scalings = Literal["per_example", "intra_batch", "mean_gradient"]
 Basis = Literal["eigh", "iteration"]
@@ -125,8 +124,8 @@ def eigen(
         return state._replace(scalings=average(state.scalings, seen, weight))
 
     def factorize(state: EigenState, damping: Tensor, split: str) -> EigenFactored:
-        del split
-        return EigenFactored(state.bases.a, state.bases.g, 1 / (state.scalings + damping.to(state.scalings.dtype)))
+        a, g, values = _spectrum(state, damping, split)
+        return EigenFactored(a, g, 1 / values)
 
     own = f"{scalings}, {basis}{kept.name}"
     return Structure(
@@ -140,6 +139,7 @@ def eigen(
         refresh=refresh,
         scale=scale,
         thin=True,
+        spectrum=_spectrum,
     )
 
 
@@ -154,9 +154,13 @@ def _check(scalings: str, basis: str, sweeps: int, share: float) -> None:
         raise HyperparameterError(explain("share is a part of the columns.", got=share, wanted="a number in (0, 1]"))
 
 
+def _spectrum(state: EigenState, damping: Tensor, split: str) -> Spectral:
+    del split
+    return Spectral(state.bases.a, state.bases.g, state.scalings + damping.to(state.scalings.dtype))
+
+
 def _dense(state: EigenState) -> Tensor:
-    u = kron(densify(state.bases.g), densify(state.bases.a))
-    return (u * state.scalings.flatten()) @ u.mT
+    return Spectral(state.bases.a, state.bases.g, state.scalings).dense()
 
 
 def _moved(factor: Factor, old: Factor, follow: Callable[[Tensor, Tensor], Tensor] | None) -> Factor:

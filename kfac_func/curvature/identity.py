@@ -13,6 +13,7 @@ from torch import Tensor
 from kfac_func._tree import storable
 from kfac_func.blocks import Block
 from kfac_func.curvature.base import Structure
+from kfac_func.linalg import Spectral, elementwise
 
 
 class IdentityState(NamedTuple):
@@ -48,7 +49,11 @@ def identity() -> Structure:
     def dense(state: IdentityState) -> Tensor:
         return torch.eye(int(state.size))
 
-    return Structure("identity", measure, factorize, solve, dense)
+    def spectrum(state: IdentityState, damping: Tensor, split: str) -> Spectral:
+        del damping, split
+        return elementwise(torch.ones(int(state.size), device=state.size.device))
+
+    return Structure("identity", measure, factorize, solve, dense, spectrum=spectrum)
 
 
 def _size(block: Block) -> int:

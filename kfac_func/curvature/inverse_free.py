@@ -31,8 +31,8 @@ from kfac_func.blocks import (
     transpose,
 )
 from kfac_func.curvature.base import Look, Structure, average
-from kfac_func.damping import Split, pi_split
-from kfac_func.linalg import kron, times
+from kfac_func.damping import Split, pi_split, product_spectrum
+from kfac_func.linalg import Spectral, kron, times
 from kfac_func.linalg.roots import excess, mean_within, moved, multiple
 
 Structured = Literal["dense", "diagonal", "block_diagonal", "lower_triangular"]
@@ -167,9 +167,11 @@ def inverse_free(
         a, g, t = merged(state.factors)
         return t * kron(densify(g), densify(a))
 
-    return Structure(
-        f"inverse_free[{options.name}]", measure, factorize, solve, dense, matrix=True, absorb=absorb, refresh=refresh
-    )
+    def spectrum(state: InverseFreeState, damping: Tensor, split: str) -> Spectral:
+        return product_spectrum(*merged(state.factors), damping, split)
+
+    every = measure, factorize, solve, dense, True
+    return Structure(f"inverse_free[{options.name}]", *every, absorb=absorb, refresh=refresh, spectrum=spectrum)
 
 
 def _check(options: Options) -> None:

@@ -16,8 +16,8 @@ from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func.blocks import Block
 from kfac_func.blocks.rearranged import rearranged, seen
 from kfac_func.curvature.base import Look, Structure
-from kfac_func.damping import damped_product, solve_product
-from kfac_func.linalg import Solver
+from kfac_func.damping import damped_product, product_spectrum, solve_product
+from kfac_func.linalg import Solver, Spectral
 from kfac_func.linalg.krylov import power
 from kfac_func.linalg.sums import Terms, averaged, changed, densified, positive, terms_of, warm
 
@@ -68,5 +68,10 @@ def kpsvd(
         r, s = (x[0] if radius is None else positive(x[0]) for x in state)
         return damped_product(r, s, r.new_ones(()), damping, split, solver)
 
+    def spectrum(state: Terms, damping: Tensor, split: str) -> Spectral:
+        r, s = (x[0] for x in state)
+        return product_spectrum(r, s, r.new_ones(()), damping, split)
+
     name = f"kpsvd[{solver}]" if radius is None else f"kpsvd[{solver}, radius={radius}]"
-    return Structure(name, seen, factorize, solve_product, densified, True, prepare, absorb, thin=True)
+    every = seen, factorize, solve_product, densified, True, prepare, absorb
+    return Structure(name, *every, thin=True, spectrum=spectrum)

@@ -15,8 +15,8 @@ from torch import Tensor
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func.blocks import Block, KroneckerState, Oversize, Side, densify, kronecker_state, merged, pattern
 from kfac_func.curvature.base import Structure
-from kfac_func.damping import damped_product, solve_product
-from kfac_func.linalg import Solver, kron
+from kfac_func.damping import damped_product, product_spectrum, solve_product
+from kfac_func.linalg import Solver, Spectral, kron
 
 
 def kronecker(
@@ -70,6 +70,8 @@ def kronecker(
         a, g, t = merged(state)
         return t * kron(densify(g), densify(a))
 
-    return Structure(
-        f"kronecker[{solver}{kept.name}]", measure, factorize, solve_product, dense, matrix=True, thin=True
-    )
+    def spectrum(state: KroneckerState, damping: Tensor, split: str) -> Spectral:
+        return product_spectrum(*merged(state), damping, split)
+
+    name = f"kronecker[{solver}{kept.name}]"
+    return Structure(name, measure, factorize, solve_product, dense, matrix=True, thin=True, spectrum=spectrum)
