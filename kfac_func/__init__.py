@@ -25,6 +25,10 @@ from kfac_func.control import quadratic_model as quadratic_model
 from kfac_func.control import scale_by_quadratic_model as scale_by_quadratic_model
 from kfac_func.estimators import Stats as Stats
 from kfac_func.estimators import value_grad_and_stats as value_grad_and_stats
+from kfac_func.operators import LinearOperator as LinearOperator
+from kfac_func.operators import linear_operator as linear_operator
+from kfac_func.precondition import fit_curvature as fit_curvature
+from kfac_func.precondition import natural_gradient_norm as natural_gradient_norm
 from kfac_func.precondition import observe as observe
 from kfac_func.precondition import precondition as precondition
 from kfac_func.recipes import corrected as corrected

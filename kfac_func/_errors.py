@@ -60,6 +60,10 @@ class StateError(KFacError, RuntimeError):
     """An optimiser state cannot be used the way it was asked to be."""
 
 
+class MissingPackageError(KFacError, ImportError):
+    """An optional package that a function needs is not installed."""
+
+
 def at_least(low: int, **options: int | None) -> None:
     """Raise HyperparameterError for an option below `low`; None passes.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -38,3 +40,13 @@ def untouched(x: Tensor) -> bool:
 def version(x: Tensor) -> int:
     """How often a tensor was written in place, where torch counts that; else 0."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def known_bad(tensors: Iterable[Tensor]) -> bool:
+    """Whether some number is certainly NaN or infinite: values that cannot be read are not asked for.
+
+    >>> known_bad([torch.ones(2), torch.tensor(float("nan"))])
+    True
+    """
+    flags = [x.isfinite().all() for x in tensors if readable(x)]
+    return bool(flags) and not bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

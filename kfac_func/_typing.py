@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -20,3 +20,15 @@ ScalarOrSchedule: TypeAlias = Scalar | Schedule
 
 Model: TypeAlias = Callable[[PyTree, Any], torch.Tensor]
 """A pure function (params, inputs) -> outputs with the examples in the first dimension."""
+
+Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps what a loop goes through and shows how far it is: `tqdm.tqdm`, for example."""
+
+
+def shown(items: Iterable[Any], progress: Progress | None) -> Iterable[Any]:
+    """The items of a loop, under a progress bar when there is one.
+
+    >>> list(shown([1, 2], None))
+    [1, 2]
+    """
+    return items if progress is None else progress(items)

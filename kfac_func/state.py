@@ -19,11 +19,12 @@ Average = Literal["debiased", "warmup", "constant"]
 
 class Options(NamedTuple):
     """The settings of a preconditioner, as `kfac` explains them; `patterns` are those of a damping by path, and
-    `driven` says whether a schedule or a tensor sets the damping at every update.
+    `driven` says whether a schedule or a tensor sets the damping at every update. A decay that is no number is None
+    here: the state has it.
     """
 
     split: Split
-    decay: float
+    decay: float | None
     average: Average
     refresh_every: int
     scale_every: int = 1
@@ -64,6 +65,7 @@ class KFacState(NamedTuple):
     damping    λ, float64; or by pattern
     curvature  the averages, () before the first statistics
     factored   what solving needs, () before the first statistics
+    decay      β, float64, where a schedule or a tensor sets it at every update; () where it is a number
     """
 
     step: Tensor
@@ -78,6 +80,7 @@ class KFacState(NamedTuple):
     curvature: Any
     factored: Any
     rules: Static[Rules]
+    decay: Tensor | tuple[()] = ()
 
 
 _tree.storable(KFacState, Rules, Options, Layout, Static)
@@ -113,7 +116,8 @@ def map_damping(state: PyTree, fn: Callable[[Tensor], Tensor]) -> PyTree:
 
 def describe(state: PyTree) -> str:
     """A table of what the K-FAC state inside covers: the curvature by name, every block with its kind, size, memory
-    (of its averages and its factorisation) and leaves, and every leaf without one; and the memory of all.
+    (of its averages and its factorisation) and leaves, and every leaf without one; and the memory of all. Of a stacked
+    state, the ranges over the members and the memory of all of them.
 
     >>> print(kf.describe(kf.kfac().init({"w": torch.ones(2)})))
     kfac: blockwise(kronecker[cholesky], diagonal), damping 0.001, split pi, 0 batches observed, 0 rejected
@@ -124,7 +128,8 @@ def describe(state: PyTree) -> str:
     name = "no curvature attached" if rules.curvature is None else rules.curvature.name
     lines = [
         f"kfac: {name}, damping {_damping(inner)}, split {rules.options.split}, "
-        f"{int(inner.observed)} batches observed, {int(inner.rejected)} rejected"
+        f"{_span(inner.observed)} batches observed, {_span(inner.rejected)} rejected"
+        + (f", {len(inner.step)} members" if inner.step.dim() else "")
     ]
     if not rules.layouts:
         return "\n".join([*lines, "no statistics yet: gradients pass unchanged"])
@@ -156,11 +161,17 @@ def _megabytes(*trees: Any) -> str:
     return f"{sum(once.values()) / 1e6:.3g} MB"
 
 
+def _span(x: Tensor) -> str:
+    """A number, or the range of those of an ensemble."""
+    low, high = (f"{end.item():.6g}" if x.is_floating_point() else str(end.item()) for end in (x.min(), x.max()))
+    return low if low == high else f"{low} to {high}"
+
+
 def _damping(state: KFacState) -> str:
     options, values = state.rules.value.options, state.damping
     text = (
-        f"{float(values):g}"
+        _span(values)
         if isinstance(values, Tensor)
-        else ", ".join(f"{float(values[pattern]):g} for {pattern}" for pattern in options.patterns)
+        else ", ".join(f"{_span(values[pattern])} for {pattern}" for pattern in options.patterns)
     )
     return text + (f" + l2 {options.l2:g}" if options.l2 else "")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOOR = "__init__"
 FLOORS = {
     **dict.fromkeys(["_typing", "_errors", "_tracing"], 1),
-    **dict.fromkeys(["_tree", "blocks", "losses"], 2),
+    **dict.fromkeys(["_tree", "_patterns", "blocks", "losses"], 2),
     **dict.fromkeys(["linalg", "layers", "transforms", "checkpoint"], 3),
     **dict.fromkeys(["capture", "damping", "spectra"], 4),
     **dict.fromkeys(["estimators", "curvature", "adapters", "state"], 5),
@@ -42,7 +42,7 @@ SIBLING_IMPORTS = {
     ("curvature.two_level", "curvature.blockwise"),  # what wraps a curvature lifts a structure first
     ("curvature.blockwise", "curvature.diagonal"),  # the lift falls back on it
 }
-CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing", "_tracing"}
+CURVATURE_SEES = {"curvature", "blocks", "linalg", "damping", "_tree", "_errors", "_typing", "_tracing", "_patterns"}
 FILE_LINES, FUNCTION_LINES = 300, 60
 
 

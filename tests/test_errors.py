@@ -191,7 +191,6 @@ CASES = {f"{room}: {name}": case for room, module in ROOMS.items() for name, cas
     "infinite damping": Case(lambda: kf.kfac(damping=float("nan")), HYPER, "damping", "finite"),
     "split": Case(lambda: kf.kfac(split=wrong("half")), HYPER, "'half'", "'pi' or 'none' or 'exact'"),
     "average": Case(lambda: kf.kfac(average=wrong("ema")), HYPER, "'ema'", "'warmup' or 'constant'"),
-    "decay": Case(lambda: kf.kfac(decay=1.0), HYPER, "decay", "[0, 1)"),
     "burn-in": Case(lambda: kf.kfac(burn_in=-1), HYPER, "burn_in", "at least 0"),
     "no damping rules": Case(lambda: kf.kfac(damping={}), HYPER, "damping", "'**'"),
     "a damping rule": Case(lambda: kf.kfac(damping={"**": -1.0}), HYPER, "damping", "not negative"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import BatchError, CaptureError, explain
+from kfac_func._errors import BatchError, CaptureError, HyperparameterError, explain
 from kfac_func._tracing import readable
 from kfac_func.blocks import Where
 from kfac_func.capture.grouping import owner
@@ -27,6 +28,34 @@ def batch_size(inputs: Any) -> int:
             )
         )
     return tensors[0].shape[0]
+
+
+def check_examples(outputs: Tensor, count: int) -> None:
+    """Raise BatchError unless the outputs have the examples in the first dimension."""
+    if outputs.ndim == 0 or outputs.shape[0] != count:
+        raise BatchError(
+            explain(
+                "the model's outputs do not have the examples in the first dimension.",
+                got=f"outputs {list(outputs.shape)} for {count} examples",
+                options="return [N, positions, classes] instead of rows that mix examples and positions",
+            )
+        )
+
+
+def rereadable(batches: Iterable[Any], why: str) -> None:
+    """Raise HyperparameterError for batches that can be gone through only once.
+
+    >>> rereadable([(torch.ones(2, 3), torch.ones(2))], "every product goes through all of them")
+    """
+    if isinstance(batches, Iterator):
+        raise HyperparameterError(
+            explain(
+                "the batches can be gone through only once.",
+                got=type(batches).__name__,
+                why=why,
+                options="pass a list or a loader: list(batches), say",
+            )
+        )
 
 
 def examples(inputs: Any, count: int, wanted: int) -> Any:

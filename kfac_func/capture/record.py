@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import BatchError, PlanMismatchError, explain
+from kfac_func._errors import PlanMismatchError, explain
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture.examples import batch_size
+from kfac_func.capture.examples import batch_size, check_examples
 from kfac_func.capture.grouping import signature
 from kfac_func.capture.plan import Plan, TapRule
 from kfac_func.capture.tape import Watch, tap
@@ -57,14 +57,7 @@ def record(fn: Model, plan: Plan, params: PyTree, inputs: Any) -> Record:
 
     outputs, pullback, *aux = torch.func.vjp(taped, probes, rest, has_aux=True)
     (recorded,) = aux
-    if outputs.ndim == 0 or outputs.shape[0] != count:
-        raise BatchError(
-            explain(
-                "the model's outputs do not have the examples in the first dimension.",
-                got=f"outputs {list(outputs.shape)} for {count} examples",
-                options="return [N, positions, classes] instead of rows that mix examples and positions",
-            )
-        )
+    check_examples(outputs, count)
     return Record(outputs, recorded, pullback, count, rest)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
+from kfac_func._patterns import first_match, useful
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, Thin
 from kfac_func.curvature.base import Curvature, Look, Structure
@@ -78,40 +78,6 @@ def by_path(rules: Mapping[str, Structure], vector: Structure | None = None) -> 
     return lifted._replace(prepare=prepare)
 
 
-def first_match(patterns: Iterable[str], name: str, user: str) -> str:
-    """The first pattern that matches the name of a block. Raises HyperparameterError, in the name of `user`.
-
-    >>> first_match(["head.*", "**"], "body.weight", "damping")
-    '**'
-    """
-    for pattern in patterns:
-        if fnmatchcase(name, pattern):
-            return pattern
-    raise HyperparameterError(
-        explain(
-            f"no rule of {user} matches block {name!r}.",
-            got=", ".join(map(repr, patterns)),
-            options="add a last rule '**'",
-        )
-    )
-
-
-def useful(patterns: Iterable[str], names: Iterable[str], user: str) -> None:
-    """Raise HyperparameterError, in the name of `user`, for a pattern that matches none of the blocks.
-
-    >>> useful(["head.*", "**"], ["head.weight"], "damping")
-    """
-    for pattern in patterns:
-        if pattern.strip("*") and not any(fnmatchcase(name, pattern) for name in names):
-            raise HyperparameterError(
-                explain(
-                    f"the rule {pattern!r} of {user} matches no block.",
-                    got=", ".join(map(repr, list(names)[:20])),
-                    options="mend the pattern: blocks are named by the path of their weight",
-                )
-            )
-
-
 def _like(factored: Any, v: Tensor | Thin) -> Tensor | Thin:
     """V in the precision of the factors: gradients may have another."""
     leaves = _tree.leaves(factored)
@@ -149,8 +115,7 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
         return each(lambda own, _, block: own.prepare(block), _split(blocks))
 
     def measure(prepared: Any, frame: Any = ()) -> Any:
-        if not isinstance(prepared, Blockwise):
-            prepared = prepare(prepared)
+        prepared = prepared if isinstance(prepared, Blockwise) else prepare(prepared)
         if frame == ():
             return each(lambda own, _, item: own.measure(item, ()), prepared)
         ((block, inner),) = frame.items()
@@ -193,22 +158,23 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
     def dense(state: Blockwise) -> dict[str, Tensor]:
         return _flat(each(lambda own, _, one: own.dense(one), state))
 
-    def spectra(state: Blockwise, damping: dict[str, Tensor], split: str) -> dict[str, Spectral]:
-        def one(own: Structure, block: str, thing: Any) -> Spectral:
-            if own.spectrum is not None:
-                return own.spectrum(thing, damping[block], split)
-            found = decomposed(own.dense(thing))
-            return found._replace(values=found.values + damping[block].to(found.values.dtype))
-
-        return _flat(apart(one, state))
-
-    scales = any(structure.scale is not None for structure in structures)
-
     def thin(name: str) -> bool:
         return choose(name, True).thin
 
+    def spectra(state: Blockwise, damping: dict[str, Tensor], split: str) -> dict[str, Spectral]:
+        return _flat(apart(lambda own, block, thing: _spectrum(own, thing, damping[block], split), state))
+
+    scales = any(structure.scale is not None for structure in structures)
     every = prepare, measure, absorb, refresh, scale, factorize, solve, dense
     return Curvature(name, *every, scales, _costs, thin, spectra)
+
+
+def _spectrum(own: Structure, state: Any, damping: Tensor, split: str) -> Spectral:
+    """F̂ with its damping, by the dense matrix where a structure has no eigenbasis."""
+    if own.spectrum is not None:
+        return own.spectrum(state, damping, split)
+    found = decomposed(own.dense(state))
+    return found._replace(values=found.values + damping.to(found.values.dtype))
 
 
 def _costs(state: Blockwise) -> dict[str, int]:

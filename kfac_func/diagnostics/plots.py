@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from kfac_func._errors import HyperparameterError, explain
 
+Figure: TypeAlias = Any
+"""A matplotlib.figure.Figure; `figure.savefig(path)` writes it."""
+
 # Okabe & Ito: distinguishable for colour-blind readers.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
 
 
 class History(NamedTuple):
@@ -45,19 +48,13 @@ def loss_curves(
     ...     loss_curves({"K-FAC": run}, f"{folder}/run.png", levels={"floor": 0.5}).stat().st_size > 1000
     True
     """
-    if not histories:
-        raise HyperparameterError(explain("there is nothing to plot.", got="no history", wanted="at least one run"))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = explain("a plot needs matplotlib, which is missing.", options='pip install "kfac_func[demo]"')
-        raise ImportError(message) from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    something(histories, "no history", "at least one run")
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for index, (label, history) in enumerate(histories.items()):
         style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "linestyle": _STYLES[index % len(_STYLES)],
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": STYLES[index % len(STYLES)],
             "linewidth": 2,
             "label": label,
         }
@@ -74,6 +71,65 @@ def loss_curves(
     return path
 
 
+# ------------------------------------------------------------------ the look
+
+
+def something(things: Any, got: str, wanted: str) -> None:
+    """Raise HyperparameterError for an empty collection."""
+    if not things:
+        raise HyperparameterError(explain("there is nothing to plot.", got=got, wanted=wanted))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, of this size in inches. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = explain("a plot needs matplotlib, which is missing.", options='pip install "kfac_func[demo]"')
+        raise ImportError(message) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def line_styles(labels: list[str]) -> dict[str, dict[str, Any]]:
+    """Distinct colours and dashes for a few lines; the order of the network, dark to light, for many."""
+    from matplotlib import colormaps
+
+    few, last = len(labels) <= len(COLOURS), max(1, len(labels) - 1)
+
+    def style(k: int) -> dict[str, Any]:
+        if few:
+            return {"color": COLOURS[k], "linestyle": STYLES[k % len(STYLES)], "linewidth": 2}
+        return {"color": colormaps["cividis"](0.9 * k / last), "linestyle": "-", "linewidth": 1.2}
+
+    return {label: style(k) | {"label": label} for k, label in enumerate(labels)}
+
+
+def legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
+    """The names beside the figure; of very many, some of them, evenly."""
+    from matplotlib.lines import Line2D
+
+    names = list(styles)
+    every = -(-len(names) // 24)
+    shown = names if every == 1 else [*names[:-1:every], names[-1]]
+    lines = [Line2D([], [], **styles[name]) for name in shown]
+    where = {"loc": "outside right upper", "frameon": False, "fontsize": 7 if len(shown) > 12 else 8}
+    figure.legend(handles=lines, **where)
+
+
+def clean(axes: Any) -> None:
+    """A light grid, and no frame above and to the right."""
+    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
 def _dress(axes: Any, unit: str, levels: Mapping[str, float]) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -81,8 +137,7 @@ def _dress(axes: Any, unit: str, levels: Mapping[str, float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter("")
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     axes.set_xlabel(unit)
     for name, level in levels.items():
         axes.axhline(level, color="#777777", linewidth=1, linestyle=":")

@@ -25,7 +25,7 @@ from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
 from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
-from kfac_func.estimators.vectors import Estimator, monte_carlo, uniform
+from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
 from kfac_func.losses import Loss, example_weight
 
 Step = Callable[..., tuple[Tensor, PyTree, Stats | None]]
@@ -190,11 +190,7 @@ def _chunks(
             tuple((scale * g).unsqueeze(0) for g in taps), {p: (scale * g).unsqueeze(0) for p, g in rest.items()}
         )
         return
-    shape = source.noise(loss, z)
-    if shape is not None and noise is None:
-        noise = uniform(shape, z.device, generator, source.name)
-    if shape is not None and noise is not None and tuple(noise.shape) != tuple(shape):
-        raise HyperparameterError(explain("the noise has the wrong shape.", got=list(noise.shape), wanted=list(shape)))
+    noise = noise_for(source, loss, z, generator, noise)
     signs: Tensor | float = 1.0
     if flip:
         u = uniform((n,), z.device, generator, f"{source.name} with shared uses or unclaimed diagonals")

@@ -26,6 +26,7 @@ class Estimator(NamedTuple):
     chunks     (loss, z) -> the number of chunks
     zero_mean  whether the vectors of different examples are independent with mean zero
     own        whether the one vector is the gradient of the loss itself, so that no pass of its own is needed
+    whole      whether the vectors are those of a whole square root of Λ, so that products may take Λ itself
     """
 
     name: str
@@ -34,6 +35,7 @@ class Estimator(NamedTuple):
     chunks: Callable[[Loss, Tensor], int]
     zero_mean: bool = False
     own: bool = False
+    whole: bool = False
 
 
 def _silent(loss: Loss, z: Tensor) -> None:
@@ -72,7 +74,7 @@ def exact(chunk_size: int | None = None) -> Estimator:
     def chunks(loss: Loss, z: Tensor) -> int:
         return 1 if chunk_size is None else -(-loss.columns(z) // chunk_size)
 
-    return Estimator("exact", _silent, vectors, chunks)
+    return Estimator("exact", _silent, vectors, chunks, whole=True)
 
 
 def monte_carlo(samples: int = 1) -> Estimator:
@@ -175,3 +177,24 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Gener
             )
         )
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def noise_for(
+    estimator: Estimator, loss: Loss, z: Tensor, generator: torch.Generator | None, noise: Tensor | None
+) -> Tensor | None:
+    """The noise of one estimate: the numbers that were passed, or drawn from the generator, or None for estimators
+    that draw nothing.
+
+    Raises HyperparameterError when there is neither, or the numbers have the wrong shape.
+
+    >>> noise_for(monte_carlo(2), kf.losses.mse(), torch.ones(4, 3), torch.Generator().manual_seed(0), None).shape
+    torch.Size([2, 4, 3])
+    """
+    shape = estimator.noise(loss, z)
+    if shape is None:
+        return noise
+    if noise is None:
+        return uniform(shape, z.device, generator, estimator.name)
+    if tuple(noise.shape) != tuple(shape):
+        raise HyperparameterError(explain("the noise has the wrong shape.", got=list(noise.shape), wanted=list(shape)))
+    return noise

@@ -13,3 +13,6 @@ from kfac_func.linalg.psd import damped_inverse as damped_inverse
 from kfac_func.linalg.psd import eigenbasis as eigenbasis
 from kfac_func.linalg.psd import times as times
 from kfac_func.linalg.rotation import refreshed_basis as refreshed_basis
+from kfac_func.linalg.spectral import Spectral as Spectral
+from kfac_func.linalg.spectral import decomposed as decomposed
+from kfac_func.linalg.spectral import elementwise as elementwise

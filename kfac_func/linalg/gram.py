@@ -11,6 +11,7 @@ Sources: the identity of Sherman, Morrison and Woodbury; Ren & Goldfarb 2019 (19
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -174,22 +175,63 @@ def combinations(rows: Pairs, ys: Tensor) -> Tensor:
     return torch.stack(found).sum(0).reshape(-1, *shape)
 
 
-def gram(rows: Pairs) -> Tensor:
-    """MᵀM [K, K], from products of rows or from the matrices V_m, whichever costs less; memory stays bounded."""
-    vectors, shared, (b, s) = rows.left.shape[0], rows.right.shape[0], rows.left.shape[1:3]
+def gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
+    """MᵀM [K, K], or MᵀM' [K, K'] with the rows of other examples: from products of rows or from the matrices V_m,
+    whichever costs less; memory stays bounded.
+    """
+    other = rows if other is None else other
+    sides, (o, i) = (rows, other), (rows.left.shape[-1], rows.right.shape[-1])
+    lefts, rights = ([x.shape[:3].numel() for x in parts] for parts in zip(*sides, strict=True))  # V · B · S
+    columns = [side.left.shape[:2].numel() for side in sides]
+    by_rows = prod(rights) * i + prod(lefts) * (o + 1)
+    by_matrices = (lefts[0] if other is rows else sum(lefts)) * o * i + prod(columns) * o * i
+    return (_by_rows if by_rows <= by_matrices else _by_matrices)(*sides).reshape(columns)
+
+
+def summed_gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
+    """Σ_v ⟨V_{v,n}, V'_{v,m}⟩ [B, B'], from products of rows or from the matrices V_m, as `gram`."""
+    if rows.right.shape[0] == 1:  # V_{1,n} … V_{V,n} below each other are one tall matrix with the same right rows
+        return gram(_tall(rows), None if other is None else _tall(other))
+    other = rows if other is None else other
+    return sum(map(gram, _one_by_one(rows), _one_by_one(other)), start=rows.left.new_zeros(()))
+
+
+def _tall(rows: Pairs) -> Pairs:
+    """[V, B, S, (q), o] as [1, B, S, (q), V·o]."""
+    left = rows.left if rows.left.shape[0] == 1 else rows.left.movedim(0, -2).flatten(-2).unsqueeze(0)
+    return Pairs(left, rows.right)
+
+
+def _one_by_one(rows: Pairs) -> list[Pairs]:
+    return [Pairs(*sides) for sides in zip(rows.left.split(1), rows.right.split(1), strict=True)]
+
+
+def squared_norms(rows: Pairs) -> Tensor:
+    """‖V_m‖² as [V, B], the diagonal of MᵀM: from rows, |left|² |right|² for one position, Σ_{t,t'} (left_t·left_t')
+    (right_t·right_t') for several; or from the matrices V_m, whichever costs less; memory stays bounded.
+    """
+    vectors, shared, s = rows.left.shape[0], rows.right.shape[0], rows.left.shape[2]
     o, i = rows.left.shape[-1], rows.right.shape[-1]
-    by_rows = (shared * b * s) ** 2 * i + (vectors * b * s) ** 2 * (o + 1)
-    by_matrices = vectors * b * s * o * i + (vectors * b) ** 2 * o * i
-    found = _by_rows(rows) if by_rows <= by_matrices else _by_matrices(rows)
-    return found.reshape(vectors * b, vectors * b)
+    if s == 1:
+        left, right = (torch.einsum("...d,...d->...", x, x) for x in rows)
+        return (left * right).flatten(2).sum(-1)
+    if vectors * s * s * (o + 1) + shared * s * s * i <= vectors * (s + 1) * o * i:
+        parts = chunks(rows, s * rows.left.shape[2:-1].numel())
+        return torch.cat([_met(part).flatten(2).sum(-1) for part in parts], dim=1)
+    return torch.cat([matrices(part).square().flatten(2).sum(-1) for part in chunks(rows)], dim=1)
 
 
-def _by_rows(rows: Pairs) -> Tensor:
-    """Some examples against some others at a time, [V, B, V, B]."""
-    s, strips = rows.left.shape[2], []
-    for part in chunks(rows, s * rows.left[..., 0].numel()):
-        others = chunks(rows, s * part.left[..., 0].numel())
-        strips.append(torch.cat([_products(part, other) for other in others], dim=3))
+def _met(rows: Pairs) -> Tensor:
+    left, right = (torch.einsum("vbs...d,vbt...d->vb...st", x, x) for x in rows)
+    return left * right
+
+
+def _by_rows(rows: Pairs, other: Pairs) -> Tensor:
+    """Some examples against some others at a time, [V, B, V', B']."""
+    strips = []
+    for part in chunks(rows, rows.left.shape[2] * other.left[..., 0].numel()):
+        others = chunks(other, other.left.shape[2] * part.left[..., 0].numel())
+        strips.append(torch.cat([_products(part, two) for two in others], dim=3))
     return torch.cat(strips, dim=1)
 
 
@@ -198,11 +240,15 @@ def _products(one: Pairs, two: Pairs) -> Tensor:
     return (left * right).flatten(4).sum(-1)
 
 
-def _by_matrices(rows: Pairs) -> Tensor:
-    """Some rows of all V_m at a time, [K, K]."""
-    size = max(1, BUDGET // (rows.left[..., 0].numel() // rows.left.shape[2] * rows.right.shape[-1]))
-    parts = (columns(Pairs(left, rows.right)) for left in rows.left.split(size, dim=-1))
-    return sum((part @ part.mT for part in parts), start=rows.left.new_zeros(()))
+def _by_matrices(rows: Pairs, other: Pairs) -> Tensor:
+    """Some rows of all V_m at a time, [K, K']."""
+    most = max(side.left[..., 0].numel() // side.left.shape[2] for side in (rows, other))
+    size = max(1, BUDGET // (most * rows.right.shape[-1]))
+    found = rows.left.new_zeros(())
+    for left, right in zip(rows.left.split(size, dim=-1), other.left.split(size, dim=-1), strict=True):
+        part = columns(Pairs(left, rows.right))
+        found = found + part @ (part if other is rows else columns(Pairs(right, other.right))).mT
+    return found
 
 
 # ------------------------------------------------------------------ the damped inverse

@@ -11,8 +11,10 @@ so that every weight of a term (class weights, 1/D of a mean, ...) is inside l_n
 
 so a family is H, a square root of H and a way to draw from the model (`Family`), and the rest is common (`assemble`).
 Vectors are computed in at least float32 and returned in the dtype of z. Checks look at shapes and dtypes only, never
-at values, so nothing here waits for a device; tensors given as options are read once, when the loss is made, so make
-it outside of traced code.
+at values, so nothing here waits for a device; tensors given as options are read once, when the loss is made, where they
+have values to read: not under torch.compile, vmap or another transform. There a loss can be made as well, and gradients
+with respect to its weights flow through the value, the score and the curvature. A weight of exactly zero has the
+derivative 0 in square roots of the curvature.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kfac_func._errors import BatchError, HyperparameterError, TargetError, explain
+from kfac_func._tracing import readable
 
 REDUCTIONS = ("mean", "sum", "batchmean")
 
@@ -42,8 +45,8 @@ class Loss(NamedTuple):
     columns        (z) -> D, the number of columns of B_n
     factor         (z, targets, columns=None) -> [K, N, *out], columns of B_n, B_n B_nᵀ = Λ_n: all D of them, or those
                    named by a range or by a 1-D integer tensor. Column k is zero outside its own position.
-    signs          (z, targets, noise) -> [N, *out], B_n ε with independent random signs ε = ±1 (−1 where noise < ½,
-                   noise of the shape of z); the columns are never materialised
+    root           (z, targets, vector) -> [N, *out], B_n v_n; the columns are never materialised
+    signs          (z, targets, noise) -> [N, *out], B_n ε with independent random signs ε = ±1, −1 where noise < ½
     product        (z, targets, vector) -> [N, *out], Λ_n v_n, for products with the Gauss-Newton matrix
     hessian        (z, targets) -> [N, D, D], Λ_n in row-major order of out
     reduction      "mean", "sum" or "batchmean"
@@ -60,6 +63,7 @@ class Loss(NamedTuple):
     sampled_score: Callable[[Tensor, Tensor, Tensor], Tensor]
     columns: Callable[[Tensor], int]
     factor: Callable[..., Tensor]
+    root: Callable[[Tensor, Tensor, Tensor], Tensor]
     signs: Callable[[Tensor, Tensor, Tensor], Tensor]
     product: Callable[[Tensor, Tensor, Tensor], Tensor]
     hessian: Callable[[Tensor, Tensor], Tensor]
@@ -110,18 +114,22 @@ def assemble(family: Family, reduction: str) -> Loss:
     def sampled_score(z: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:
         wide, s = opened(z, targets)
         check_shape("drawn pseudo-targets", drawn, family.noise_shape(z))
-        return (s**0.5 * family.residual(wide, drawn)).to(z.dtype)
+        return (_root(s) * family.residual(wide, drawn)).to(z.dtype)
 
     def factor(z: Tensor, targets: Tensor, columns: Tensor | range | None = None) -> Tensor:
         wide, s = opened(z, targets)
         chosen = _column_numbers(columns, z)
-        return (s**0.5 * torch.func.vmap(lambda e: family.root(wide, e))(_basis(chosen, wide))).to(z.dtype)
+        return (_root(s) * torch.func.vmap(lambda e: family.root(wide, e))(_basis(chosen, wide))).to(z.dtype)
+
+    def root(z: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
+        wide, s = opened(z, targets)
+        check_shape("vector", vector, tuple(z.shape))
+        return (_root(s) * family.root(wide, vector.to(wide.dtype))).to(z.dtype)
 
     def signs(z: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        wide, s = opened(z, targets)
+        family.check(z, targets)
         check_shape("noise", noise, tuple(z.shape))
-        epsilon = 1 - 2 * (noise < 0.5).to(wide.dtype)
-        return (s**0.5 * family.root(wide, epsilon)).to(z.dtype)
+        return root(z, targets, 1 - 2 * (noise < 0.5).to(z.dtype))
 
     def product(z: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         wide, s = opened(z, targets)
@@ -133,19 +141,16 @@ def assemble(family: Family, reduction: str) -> Loss:
         columns = s * torch.func.vmap(lambda e: family.curve(wide, e))(_basis(_column_numbers(None, z), wide))
         return columns.reshape(len(columns), z.shape[0], len(columns)).movedim(0, 2).to(z.dtype)
 
-    return Loss(
-        value=value,
-        score=score,
-        noise_shape=family.noise_shape,
-        sample=sample,
-        sampled_score=sampled_score,
-        columns=outputs_per_example,
-        factor=factor,
-        signs=signs,
-        product=product,
-        hessian=hessian,
-        reduction=reduction,
-    )
+    draws = family.noise_shape, sample, sampled_score
+    return Loss(value, score, *draws, outputs_per_example, factor, root, signs, product, hessian, reduction)
+
+
+def _root(s: Tensor | float) -> Tensor | float:
+    """√s, with the derivative 0 at s = 0: what is ignored stays ignored."""
+    if not isinstance(s, Tensor):
+        return s**0.5
+    zero = s == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, s).sqrt())
 
 
 def _score(family: Family, reduction: str, z: Tensor, targets: Tensor) -> Tensor:
@@ -172,16 +177,13 @@ def diagonal_family(
             )
         check_shape("targets", targets, tuple(z.shape), options="targets.reshape(outputs.shape), if in the same order")
 
-    def noise_shape(z: Tensor) -> tuple[int, ...]:
-        return tuple(z.shape)
-
     def root(z: Tensor, e: Tensor) -> Tensor:
         return deviation(z) * e
 
     def curve(z: Tensor, v: Tensor) -> Tensor:
         return deviation(z) ** 2 * v
 
-    return Family(check, value, weights, noise_shape, sample, residual, root, curve)
+    return Family(check, value, weights, lambda z: tuple(z.shape), sample, residual, root, curve)
 
 
 def example_weight(loss: Loss, examples: int) -> float:
@@ -217,14 +219,16 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_weight(name: str, weight: Tensor | None) -> None:
-    """Raise HyperparameterError unless an optional weight tensor is floating, finite and not negative."""
+    """Raise HyperparameterError unless an optional weight tensor is floating and, where it can be read, finite and not
+    negative.
+    """
     if weight is None:
         return
     if not weight.is_floating_point():
         raise HyperparameterError(
             explain(f"{name} must be a floating-point tensor.", got=weight.dtype, options=f"{name}.float()")
         )
-    if not bool(((weight >= 0) & weight.isfinite()).all()):
+    if readable(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
         raise HyperparameterError(
             explain(
                 f"{name} must be finite and not negative.",

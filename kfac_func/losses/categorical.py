@@ -84,17 +84,22 @@ def _value(o: _Options, z: Tensor, targets: Tensor) -> Tensor:
     z, targets = _as_torch_wants(z, targets, o.class_dim)
     if targets.is_floating_point():
         total = F.cross_entropy(z, targets, weight, reduction=kind, label_smoothing=o.label_smoothing)
-    elif o.label_smoothing == 0.0:
-        total = F.cross_entropy(z, targets, weight, ignore_index=o.ignore_index, reduction=kind)
+    elif weight is None and o.label_smoothing == 0.0:
+        total = F.cross_entropy(z, targets, ignore_index=o.ignore_index, reduction=kind)
     else:
-        # torch's own smoothing selects by mask and writes in place, which vmap refuses
-        log_p = F.log_softmax(z, 1)
-        total = F.nll_loss(log_p, targets, weight, ignore_index=o.ignore_index, reduction=kind)
-        own, ignored = _own_weights(o, z, targets)
-        smooth = -_class_sum(log_p, weight, 1).masked_fill(ignored, 0).sum()
-        smooth = smooth / own.sum() if o.reduction == "mean" else smooth
-        total = (1 - o.label_smoothing) * total + smooth * (o.label_smoothing / z.shape[1])
+        total = _weighted(o, z, targets, weight)
     return total / examples if o.reduction == "batchmean" else total
+
+
+def _weighted(o: _Options, z: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    """Torch has no derivative with respect to its weights, and its smoothing writes in place, which vmap refuses."""
+    own, ignored = _own_weights(o, z, targets)
+    log_p = F.log_softmax(z, 1)
+    total = (own * F.nll_loss(log_p, targets, ignore_index=o.ignore_index, reduction="none")).sum()
+    if o.label_smoothing:
+        smooth = -_class_sum(log_p, weight, 1).masked_fill(ignored, 0).sum()
+        total = (1 - o.label_smoothing) * total + smooth * (o.label_smoothing / z.shape[1])
+    return total / own.sum() if o.reduction == "mean" else total
 
 
 def _weights(o: _Options, z: Tensor, targets: Tensor) -> Tensor:

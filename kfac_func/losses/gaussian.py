@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, explain
+from kfac_func._tracing import readable
+from kfac_func._typing import Scalar
 from kfac_func.losses.base import Loss, assemble, check_reduction, diagonal_family, outputs_per_example
 
 
-def mse(reduction: str = "mean", scale: float = 1.0) -> Loss:
+def mse(reduction: str = "mean", scale: Scalar = 1.0) -> Loss:
     r"""Squared error, times `scale`.
 
         l_n = scale ‖z_n − y_n‖² / k,        Λ_n = (2 scale / k) I,        B_n = √(2 scale / k) I
@@ -23,10 +25,11 @@ def mse(reduction: str = "mean", scale: float = 1.0) -> Loss:
     score is 2 scale (z − y) / √k.
 
     Shapes: outputs and targets [N, …], the same for both: nothing is broadcast (torch only warns). Noise has the
-    shape of z.
+    shape of z. `scale` is a number or a 0-dim tensor, through which gradients flow.
 
-    Raises HyperparameterError for an unknown reduction or a scale that is not positive, TargetError for targets that
-    do not fit, BatchError without examples.      Source: Martens & Grosse 2015 (arXiv 1503.05671), §2.
+    Raises HyperparameterError for an unknown reduction or a scale that is not positive and finite (where that can be
+    read), TargetError for targets that do not fit, BatchError without examples.
+    Source: Martens & Grosse 2015 (arXiv 1503.05671), §2.
 
     >>> import torch
     >>> loss = mse("batchmean", scale=0.5)
@@ -38,16 +41,15 @@ def mse(reduction: str = "mean", scale: float = 1.0) -> Loss:
              [0., 1.]]])
     """
     check_reduction(reduction)
-    if not (math.isfinite(scale) and scale > 0):
-        raise HyperparameterError(
-            explain("scale must be a positive number.", got=scale, why="the curvature would have no square root")
-        )
+    _check_scale(scale)
+    doubled = 2 * scale
+    root = doubled.sqrt() if isinstance(doubled, Tensor) else math.sqrt(doubled)
 
     def value(z: Tensor, targets: Tensor) -> Tensor:
         # as torch does inside, but forward-over-reverse fails on torch's own "mean"
         squares = F.mse_loss(z, targets, reduction="none")
         total = squares.mean() if reduction == "mean" else squares.sum()
-        return scale * (total / z.shape[0] if reduction == "batchmean" else total)
+        return _like(scale, total) * (total / z.shape[0] if reduction == "batchmean" else total)
 
     def weights(z: Tensor, targets: Tensor) -> float:
         del targets
@@ -55,14 +57,33 @@ def mse(reduction: str = "mean", scale: float = 1.0) -> Loss:
 
     def sample(z: Tensor, noise: Tensor) -> Tensor:
         rounding = torch.finfo(z.dtype).eps / 2
-        return z + torch.special.ndtri(noise.to(z.dtype).clamp(rounding, 1 - rounding)) / math.sqrt(2 * scale)
+        return z + torch.special.ndtri(noise.to(z.dtype).clamp(rounding, 1 - rounding)) / _like(root, z)
 
     def residual(z: Tensor, drawn: Tensor) -> Tensor:
-        return 2 * scale * (z - drawn)
+        return _like(doubled, z) * (z - drawn)
 
     def deviation(z: Tensor) -> Tensor:
-        return torch.full_like(z, math.sqrt(2 * scale))
+        return torch.ones_like(z) * _like(root, z)
 
     family = diagonal_family(value, weights, sample, residual, deviation)
-    exact = family._replace(curve=lambda z, v: torch.full_like(z, 2 * scale) * v)  # without the rounding of a root
-    return assemble(exact, reduction)
+
+    def curve(z: Tensor, v: Tensor) -> Tensor:  # without the rounding of a root
+        return torch.ones_like(z) * _like(doubled, z) * v
+
+    return assemble(family._replace(curve=curve), reduction)
+
+
+def _like(number: Scalar, z: Tensor) -> Scalar:
+    return number.to(z) if isinstance(number, Tensor) else number
+
+
+def _check_scale(scale: Scalar) -> None:
+    if isinstance(scale, Tensor) and scale.dim():
+        raise HyperparameterError(
+            explain("scale must be a number or a 0-dim tensor.", got=f"a tensor of shape {list(scale.shape)}")
+        )
+    known = not isinstance(scale, Tensor) or readable(scale)
+    if known and not (math.isfinite(scale) and scale > 0):
+        raise HyperparameterError(
+            explain("scale must be a positive number.", got=scale, why="the curvature would have no square root")
+        )

@@ -6,19 +6,20 @@ M = F̂ + λ = U diag(S) Uᵀ, block by block        f(M) = U diag(f(S)) Uᵀ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, StateError, TreeMismatchError, explain
+from kfac_func._patterns import first_match
 from kfac_func._tree import Static, storable
 from kfac_func._typing import PyTree, Scalar
 from kfac_func.blocks import Layout, pack, unpack
-from kfac_func.curvature.blockwise import first_match
 from kfac_func.linalg import Spectral, elementwise
 from kfac_func.precondition.rules import block_damping, curvature_of
+from kfac_func.products import as_scipy
 from kfac_func.state import KFacState, inside
 
 
@@ -94,6 +95,10 @@ class LinearOperator(NamedTuple):
             drawn = one.restored(e.reshape(one.values.shape) * one.values.rsqrt()).reshape(e.shape)
             new |= {path: v.to(leaves[path].dtype) for path, v in unpack(layout, drawn, shapes).items()}
         return _tree.with_leaves(self.like if noise is None else noise, [new[path] for path in leaves])
+
+    def to_scipy(self) -> Any:
+        """M as a `scipy.sparse.linalg.LinearOperator`; see `kf.products.as_scipy`."""
+        return as_scipy(self.matvec, self.like)
 
     def _sum(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.stack([fn(one.values.double()).sum() for one in self.spectra.values()]).sum()

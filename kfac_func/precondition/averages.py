@@ -14,7 +14,7 @@ from kfac_func._tracing import at_hand, readable
 from kfac_func._tree import Static
 from kfac_func.precondition.batch import Batch, all_finite
 from kfac_func.precondition.rules import block_damping, curvature_of, met
-from kfac_func.state import KFacState, Options
+from kfac_func.state import KFacState
 
 
 def absorbed(state: KFacState, batch: Batch) -> KFacState:
@@ -22,7 +22,7 @@ def absorbed(state: KFacState, batch: Batch) -> KFacState:
     if state.curvature == () and readable(batch.finite) and not batch.finite:  # nothing was observed, and still is not
         return state._replace(rejected=state.rejected + 1)
     rules = met(state.rules.value, batch.rules)
-    weight, fraction = _next(state.observed, state.weight, batch.finite, rules.options)
+    weight, fraction = _next(state, state.observed, state.weight, batch.finite)
     curvature = batch.curvature.absorb(state.curvature, batch.look, fraction)
     return state._replace(
         observed=state.observed + batch.finite,
@@ -35,7 +35,7 @@ def absorbed(state: KFacState, batch: Batch) -> KFacState:
 
 def scaled(state: KFacState, batch: Batch) -> KFacState:
     """One step of the averages that are seen in the refreshed frame (the scalings of EKFAC)."""
-    weight, fraction = _next(state.scaled, state.scale_weight, batch.finite, state.rules.value.options)
+    weight, fraction = _next(state, state.scaled, state.scale_weight, batch.finite)
     curvature = batch.curvature.scale(state.curvature, batch.look, fraction)
     return state._replace(
         scaled=state.scaled + batch.finite,
@@ -45,9 +45,11 @@ def scaled(state: KFacState, batch: Batch) -> KFacState:
     )
 
 
-def _next(count: Tensor, weight: Tensor, finite: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _next(state: KFacState, count: Tensor, weight: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """The weight W after one more batch, and the fraction of that batch in the average."""
-    weight, new = torch.where(finite, options.decay * weight + 1, weight), 1 - options.decay
+    options = state.rules.value.options
+    decay: Any = state.decay.to(weight.device, non_blocking=True) if isinstance(state.decay, Tensor) else options.decay
+    weight, new = torch.where(finite, decay * weight + 1, weight), 1 - decay
     match options.average:
         case "warmup":
             fraction = (1 / (count + 1).to(torch.float64)).clamp(min=new)
@@ -63,7 +65,12 @@ def _chosen(batch: Batch, new: Any, old: Any) -> Any:
     if batch.later is batch.finite or (at_hand(batch.later) and batch.later):
         return new
     old = _tree.tree_map(torch.zeros_like, new) if old == () else old
-    return _tree.tree_map(lambda x, y: torch.where(batch.later | ~batch.finite, x, y), new, old)
+    kept = batch.later | ~batch.finite
+
+    def chosen(x: Tensor, y: Any) -> Tensor:  # what is first seen in this frame was () before
+        return torch.where(kept, x, y if isinstance(y, Tensor) else torch.zeros_like(x))
+
+    return _tree.tree_map(chosen, new, old)
 
 
 def refreshed(state: KFacState, due: frozenset[str] | None = None) -> KFacState:

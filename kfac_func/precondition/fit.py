@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_func._errors import BatchError, HyperparameterError, StateError, explain
+from kfac_func import _tree
+from kfac_func._errors import BatchError, StateError, explain
 from kfac_func._tracing import readable
 from kfac_func._tree import Static
-from kfac_func._typing import Model, PyTree
-from kfac_func.capture import Unclaimed
+from kfac_func._typing import Model, Progress, PyTree, shown
+from kfac_func.capture import Unclaimed, rereadable
 from kfac_func.curvature import Curvature, Structure, eigen
 from kfac_func.damping import Split
 from kfac_func.estimators import Estimator, exact, value_grad_and_stats
 from kfac_func.estimators.stats import Sharing
+from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
 from kfac_func.precondition.averages import factorized, refreshed
 from kfac_func.precondition.batch import Batch
@@ -24,9 +26,6 @@ from kfac_func.precondition.rules import curvature_of, met
 from kfac_func.precondition.settings import link
 from kfac_func.precondition.transform import Damping
 from kfac_func.state import KFacState
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps the batches of a loop: `tqdm.tqdm`, for example."""
 
 
 def fit_curvature(
@@ -60,7 +59,8 @@ def fit_curvature(
     Every mean is over all examples, whatever the sizes of the batches, and F̂ = (1/N) Σ_n J_nᵀ Λ_n J_n also for a loss
     with reduction "sum": the curvature of the sum over all data is N F̂. The state goes into `kf.precondition`,
     `kf.describe`, `kf.linear_operator`; `kf.observe` goes on averaging.
-    Raises BatchError when there is no batch, StateError for a batch whose statistics are not finite,
+    Raises BatchError when there is no batch, StateError for a batch whose statistics are not finite and
+    for structures that keep rows of fewer batches than there are (`block_diagonal`, `full`),
     HyperparameterError for values without meaning and for an iterator where two passes are needed; and what
     `value_grad_and_stats` raises.
 
@@ -72,22 +72,15 @@ def fit_curvature(
     """
     state = link(eigen() if curvature is None else curvature, damping=damping, split=split).init(params)
     own = curvature_of(state)
-    if own.scales and isinstance(batches, Iterator):
-        raise HyperparameterError(
-            explain(
-                "the batches can be gone through only once.",
-                got=type(batches).__name__,
-                why=f"{own.name} goes through them twice: for its basis, and for the scalings in it",
-                options="pass a list or a loader; or curvature=kronecker()",
-            )
-        )
+    if own.scales:
+        rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
     loss, source = _by_example(loss, exact() if estimator is None else estimator)
     run = value_grad_and_stats(fn, loss, estimator=source, sharing=sharing, strict=strict, unclaimed=unclaimed)
 
     def looks(name: str) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch with its part of all examples so far."""
         total = 0
-        for index, batch in enumerate(batches if progress is None else progress(batches)):
+        for index, batch in enumerate(shown(batches, progress)):
             _, _, stats = run(params, batch, generator=generator)
             assert stats is not None
             seen = Batch(state, stats)
@@ -103,6 +96,7 @@ def fit_curvature(
             observed=state.observed + 1,
             weight=state.weight + 1,
         )
+        _whole(state, own.name)
     if state.curvature == ():
         raise BatchError(explain("there is no batch.", options="pass at least one (inputs, targets)"))
     state = refreshed(state)
@@ -125,6 +119,19 @@ def _by_example(loss: Loss, estimator: Estimator) -> tuple[Loss, Estimator]:
 
 def _met(state: KFacState, batch: Batch) -> KFacState:
     return state._replace(rules=Static(met(state.rules.value, batch.rules)))
+
+
+def _whole(state: KFacState, name: str) -> None:
+    """Structures that keep the rows themselves keep those of a few batches."""
+    kept = [len(window.weights) for window in _tree.nodes(state.curvature, Window)]
+    if kept and int(state.observed) > min(kept):
+        raise StateError(
+            explain(
+                f"{name} forgets all but the last {min(kept)} batch(es).",
+                why="it keeps rows of examples, no averages",
+                options="window= as long as there are batches, all of one size; or one batch of all examples",
+            )
+        )
 
 
 def _finite(batch: Batch, name: str) -> Batch:

@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from kfac_func._errors import StateError, explain
+from kfac_func._patterns import first_match, useful
 from kfac_func._tree import Static
 from kfac_func.curvature import Curvature
-from kfac_func.curvature.blockwise import first_match, useful
 from kfac_func.estimators.stats import StatsRules
 from kfac_func.state import KFacState, Rules
 
 
 def curvature_of(state: KFacState) -> Curvature:
-    """The curvature of a state. Raises StateError when it came from a file and has not met its transformation yet."""
+    """The curvature of a state. Raises StateError when it came from a file and has not met its transformation yet, and
+    for the stacked state of an ensemble outside of vmap.
+    """
+    if state.step.dim():
+        raise StateError(
+            explain(
+                "this is the state of an ensemble, and it is used as that of one member.",
+                got=f"{list(state.step.shape)} members",
+                wanted="the state of one member, as vmap passes it",
+                options="torch.func.vmap over parameters, state and batch",
+            )
+        )
     found = state.rules.value.curvature
     if found is None:
         raise StateError(

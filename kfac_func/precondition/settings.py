@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, TypedDict, get_args
 
 from kfac_func._errors import HyperparameterError, at_least, explain
+from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure, blockwise
 from kfac_func.damping import Split
 from kfac_func.precondition.transform import Damping, preconditioner
 from kfac_func.state import Average, Options
 from kfac_func.transforms import GradientTransformation
+from kfac_func.transforms.base import check_scalar
 from kfac_func.transforms.masks import Mask
 
 
@@ -18,7 +20,7 @@ class Periods(TypedDict, total=False):
     """The settings of `kfac` that every recipe takes."""
 
     damping: Damping
-    decay: float
+    decay: ScalarOrSchedule
     average: Average
     burn_in: int
     refresh_every: int
@@ -40,7 +42,7 @@ def link(
     *,
     damping: Damping = 1e-3,
     split: Split = "pi",
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     average: Average = "debiased",
     burn_in: int = 0,
     refresh_every: int = 10,
@@ -57,10 +59,7 @@ def link(
             raise HyperparameterError(
                 explain(f"unknown {name}.", got=repr(value), wanted=" or ".join(map(repr, choices)))
             )
-    if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
-        raise HyperparameterError(
-            explain("decay must be a number in [0, 1): it is the weight of the old average.", got=repr(decay))
-        )
+    check_scalar("decay", decay, "[0, 1)", schedule=True)
     if not (isinstance(l2, (int, float)) and 0 <= l2 < float("inf")):
         raise HyperparameterError(explain("l2 must be a number, finite and not negative.", got=repr(l2)))
     at_least(1, refresh_every=refresh_every, scale_every=scale_every)
@@ -71,8 +70,9 @@ def link(
     values = damping.values() if isinstance(damping, Mapping) else (damping,)
     driven = any(not isinstance(value, (int, float)) for value in values)
     periods = (refresh_every, scale_every, growing, stagger, burn_in)
-    options = Options(split, decay, average, *periods, float(l2), patterns, driven)
-    return preconditioner(tree, damping, options, l2_mask)
+    fixed = decay if isinstance(decay, (int, float)) else None
+    options = Options(split, fixed, average, *periods, float(l2), patterns, driven)
+    return preconditioner(tree, damping, decay, options, l2_mask)
 
 
 def _check_damping(damping: Any) -> None:

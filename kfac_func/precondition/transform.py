@@ -32,7 +32,7 @@ Damping = ScalarOrSchedule | Mapping[str, ScalarOrSchedule]
 
 
 def preconditioner(
-    curvature: Curvature, damping: Damping, options: Options, l2_mask: Mask | None = None
+    curvature: Curvature, damping: Damping, decay: ScalarOrSchedule, options: Options, l2_mask: Mask | None = None
 ) -> GradientTransformation:
     """The transformation behind `kfac()`: absorb statistics, refresh the factorisation when due, solve."""
 
@@ -54,6 +54,7 @@ def preconditioner(
             curvature=(),
             factored=(),
             rules=Static(rules),
+            decay=_value(decay, zero_count()) if options.decay is None else (),
         )
 
     def update(
@@ -70,7 +71,7 @@ def preconditioner(
     ) -> tuple[PyTree, KFacState]:
         del params, inplace, extra
         state = attached(state, curvature)
-        state = _scheduled(state, damping)
+        state = _scheduled(state, damping, decay)
         state = _advanced(state, stats, refresh, scale)
         if trail is not None:
             trail.covector, trail.damping = updates, leaf_damping(state)
@@ -102,8 +103,8 @@ def _advanced(
     return factorized(state, kept, some) if due or scale else state
 
 
-def _value(damping: ScalarOrSchedule, count: Tensor) -> Tensor:
-    value = damping(count) if callable(damping) else damping
+def _value(setting: ScalarOrSchedule, count: Tensor) -> Tensor:
+    value = setting(count) if callable(setting) else setting
     return value.to(torch.float64) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
@@ -113,8 +114,12 @@ def _initial(damping: Damping) -> Tensor | dict[str, Tensor]:
     return _value(damping, zero_count())
 
 
-def _scheduled(state: KFacState, damping: Damping) -> KFacState:
-    """The values of schedules and tensors at this step; numbers only begin, and then the state has its own."""
+def _scheduled(state: KFacState, damping: Damping, decay: ScalarOrSchedule) -> KFacState:
+    """The values of schedules and tensors at this step. The number of a damping only begins, and then the state has
+    its own; that of a decay is static.
+    """
+    if not isinstance(decay, (int, float)):
+        state = state._replace(decay=_value(decay, state.step))
     if isinstance(damping, Mapping) and isinstance(state.damping, dict):
         given = {pattern: value for pattern, value in damping.items() if not isinstance(value, (int, float))}
         new = {pattern: _value(value, state.step) for pattern, value in given.items()}

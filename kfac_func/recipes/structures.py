@@ -11,6 +11,7 @@ from typing import Unpack
 import torch
 
 from kfac_func import curvature as structures
+from kfac_func._typing import ScalarOrSchedule
 from kfac_func.curvature import Curvature, Structure
 from kfac_func.curvature.coarse import CoarseSpace, Form, Resample, Space
 from kfac_func.curvature.eigen import Basis, Scalings
@@ -30,7 +31,7 @@ def kfac(
     *,
     damping: Damping = 1e-3,
     split: Split = "pi",
-    decay: float = 0.95,
+    decay: ScalarOrSchedule = 0.95,
     refresh_every: int = 10,
     average: Average = "debiased",
     burn_in: int = 0,
@@ -54,7 +55,8 @@ def kfac(
                    pattern (as in `fnmatch`) that matches the path of a block's weight decides. It acts at refreshes
     split          "pi": factored damping with π; "none": factored with π = 1; "exact": Tikhonov in the eigenbasis.
                    Structures whose damping is of one kind only say so
-    decay          β in [0, 1), the weight of the OLD average
+    decay          β in [0, 1), the weight of the OLD average: a number, a 0-dim tensor (gradients flow through it; its
+                   value is never checked) or a schedule of the update count
     average        X at the k-th statistics x. "debiased": W ← βW + 1, X ← X + (x − X)/W; "warmup": X ← βₖX + (1 − βₖ)x
                    with βₖ = min(1 − 1/k, β); "constant": X ← βX + (1 − β)x from X = x at the first, which keeps the
                    weight β^(k−1) for long

@@ -42,7 +42,7 @@ def inject_hyperparams(
     Calling the result takes the arguments of the factory. Those that are floats, 0-dim tensors of floats or schedules
     are injected, for options that take no schedule themselves as well. Static are ints, bools, strings, None and all
     else, and what is not passed: write `sgd(1.0)` for a rate that may change, and name functions and floats that a
-    factory needs as they are (a `mask`, the `decay` of K-FAC) in `static`.
+    factory needs as they are (a `mask`, the `l2` of K-FAC) in `static`.
 
     Between two steps `tree_set(state, learning_rate=0.01)` changes a value for good, unless it has a schedule. Values
     are tensors of the state: hyper-gradients flow through them, and vmap gives each member of an ensemble its own.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from kfac_func._errors import HyperparameterError, explain
+from kfac_func._patterns import chosen
 from kfac_func._tree import tree_map, unique_paths
 from kfac_func._typing import PyTree
 
@@ -34,7 +34,8 @@ def selected(mask: Mask | None, tree: PyTree) -> dict[str, bool]:
     if callable(mask):
         return selected(mask(tree), tree)
     if isinstance(mask, str) or (isinstance(mask, Sequence) and all(isinstance(item, str) for item in mask)):
-        return _matched([mask] if isinstance(mask, str) else list(mask), paths)
+        found = chosen([mask] if isinstance(mask, str) else list(mask), paths, "a mask")
+        return {path: path in found for path in paths}
     flags: list[Any] = []
     tree_map(lambda _, flag: flags.append(flag), tree, mask)
     for path, flag in zip(paths, flags, strict=True):
@@ -43,16 +44,3 @@ def selected(mask: Mask | None, tree: PyTree) -> dict[str, bool]:
                 explain(f"the mask has no truth value at {path!r}.", got=repr(flag), wanted="True or False")
             )
     return dict(zip(paths, flags, strict=True))
-
-
-def _matched(patterns: list[str], paths: list[str]) -> dict[str, bool]:
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise HyperparameterError(
-                explain(
-                    f"the pattern {pattern!r} of a mask matches no leaf.",
-                    got=", ".join(map(repr, paths[:20])),
-                    options="mend the pattern; leaves are named by their dotted path",
-                )
-            )
-    return {path: any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths}

@@ -203,12 +203,13 @@ def test_signs_have_the_hessian_as_second_moment(row: Row) -> None:
 
 
 @EACH
-def test_product_is_the_hessian_and_the_derivative_of_the_score(row: Row) -> None:
+def test_product_is_the_hessian_and_the_derivative_of_the_score_and_root_combines_columns(row: Row) -> None:
     z, y = row.data()
     v = torch.linspace(-1, 2, z.numel(), dtype=z.dtype).reshape(z.shape)
     ours = row.loss.product(z, y, v)
     close(ours, torch.einsum("nij,nj->ni", row.loss.hessian(z, y), v.reshape(len(z), -1)).reshape(z.shape))
     close(ours, jvp(lambda x: row.loss.score(x, y), (z,), (v,))[1])
+    close(row.loss.root(z, y, v), torch.einsum("kn...,nk->n...", row.loss.factor(z, y), v.reshape(len(z), -1)))
 
 
 @EACH
@@ -250,6 +251,7 @@ def all_functions(loss: Loss, z: Tensor, y: Tensor, noise: Tensor) -> dict[str, 
         "sampled_score": loss.sampled_score(z, y, drawn),
         "chunk": loss.factor(z, y, range(1)),
         "signs": loss.signs(z, y, noise),
+        "root": loss.root(z, y, noise),
         "product": loss.product(z, y, noise),
     }
 

@@ -35,6 +35,7 @@ CASES = {
     "one pass": Case(fit(iter([BATCH])), HYPER, "only once", "pass a list or a loader"),
     "no batch": Case(fit([]), errors.BatchError, "no batch", "at least one"),
     "nan": Case(fit([(BATCH[0] * torch.nan, BATCH[1])]), STATE, "batch 0", "leave such examples out"),
+    "a window": Case(fit([BATCH, BATCH], curvature=C.block_diagonal()), STATE, "the last 1 batch", "window="),
     "several states": Case(lambda: kf.linear_operator((fit()(), fit()()), PARAMS), STATE, "several", "one of them"),
     "no statistics": Case(lambda: kf.linear_operator(kf.kfac().init(PARAMS), PARAMS), STATE, "no stat", "kf.observe"),
     "between blocks": Case(coupled, STATE, "full[", "blockwise()"),

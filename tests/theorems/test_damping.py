@@ -60,7 +60,7 @@ def test_every_block_has_the_damping_of_its_first_pattern(name):
 
 
 def test_a_pattern_of_biases_names_no_block():
-    with pytest.raises(HyperparameterError, match=r"'\*\.bias' of damping matches no block"):
+    with pytest.raises(HyperparameterError, match=r"'\*\.bias' of damping matches nothing"):
         direction(damping=RULES)
 
 

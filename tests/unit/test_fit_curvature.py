@@ -105,3 +105,10 @@ def test_observe_goes_on():
     state = kf.observe(fit(case, [3, 5]), run(case)[2])
     assert int(state.observed) == 3
     assert int(state.failed) == 0
+
+
+def test_rows_of_all_batches_fit_in_a_window():
+    case = CASES["mlp"]
+    exact = C.blockwise(C.block_diagonal(window=2), C.block_diagonal(window=2))
+    blocks = dense(case, fit(case, [4, 4], curvature=exact))
+    torch.testing.assert_close(blocks, dense(case, fit(case, [8], curvature=exact)), rtol=1e-9, atol=1e-11)

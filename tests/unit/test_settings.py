@@ -58,3 +58,10 @@ def test_every_setting_compiles_in_one_graph():
 
     found, wanted = torch.compile(step, fullgraph=True, backend="aot_eager")(state), step(state)
     torch.testing.assert_close(_tree.leaves(found), _tree.leaves(wanted), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, torch.ones(2), "slow"], ids=["one", "negative", "two", "word"])
+@pytest.mark.usefixtures("unchecked")
+def test_a_decay_without_meaning_is_refused(decay: Any):
+    with pytest.raises(kf.errors.HyperparameterError, match=r"(?s)decay .*\[0, 1\)"):
+        kf.kfac(decay=decay)

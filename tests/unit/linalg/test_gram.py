@@ -28,8 +28,9 @@ shapes = pytest.mark.parametrize("name", SHAPES)
 LAMBDA = torch.tensor(0.3, dtype=torch.float64)
 
 
-def rows_of(name: str, seed: int = 0) -> Pairs:
+def rows_of(name: str, seed: int = 0, examples: int | None = None) -> Pairs:
     v, shared, b, s, q, o, i = SHAPES[name]
+    b = examples or b
     groups = (q,) if q else ()
     return Pairs(randn(v, b, s, *groups, o, seed=seed), randn(shared, b, s, *groups, i, seed=seed + 1))
 
@@ -56,7 +57,9 @@ def flattened(x: Tensor) -> Tensor:
 def test_gram(name, method):
     rows = rows_of(name)
     m = dense(rows)
-    assert close(flattened(method(rows)), m.T @ m)
+    assert close(flattened(method(rows, rows)), m.T @ m)
+    other = rows_of(name, seed=5, examples=2)
+    assert close(flattened(method(rows, other)), m.T @ dense(other))
     assert close(g.columns(rows), m.T)
 
 
@@ -65,7 +68,7 @@ def test_gram(name, method):
 @shapes
 def test_a_small_budget_makes_small_pieces_of_the_same_gram(name, method, budget, monkeypatch):
     rows = rows_of(name)
-    wanted, products, columns, held = getattr(g, method)(rows), g._products, g.columns, list[int]()
+    wanted, products, columns, held = getattr(g, method)(rows, rows), g._products, g.columns, list[int]()
 
     def counted_products(one: Pairs, two: Pairs) -> Tensor:
         held.append(one.left[..., 0].numel() * two.left.shape[:3].numel())
@@ -79,7 +82,7 @@ def test_a_small_budget_makes_small_pieces_of_the_same_gram(name, method, budget
         monkeypatch.setattr(sys.modules[module], "BUDGET", budget)
     monkeypatch.setattr(g, "_products", counted_products)
     monkeypatch.setattr(g, "columns", counted_columns)
-    assert close(getattr(g, method)(rows), wanted)
+    assert close(getattr(g, method)(rows, rows), wanted)
     v, _, b, s, q, _, i = SHAPES[name]
     least = max(q, 1) * ((v * s) ** 2 if method == "_by_rows" else v * b * i)  # two examples; one output of every V_m
     assert len(held) > 1
@@ -90,10 +93,23 @@ def test_the_cheaper_way_is_chosen(monkeypatch):
     taken: list[str] = []
     for name in ("_by_rows", "_by_matrices"):
         way = getattr(g, name)
-        monkeypatch.setattr(g, name, lambda rows, way=way, name=name: (taken.append(name), way(rows))[1])
+        monkeypatch.setattr(g, name, lambda *rows, way=way, name=name: (taken.append(name), way(*rows))[1])
     for shape in ("one position", "many positions"):
         g.gram(rows_of(shape))
     assert taken == ["_by_rows", "_by_matrices"]
+
+
+@pytest.mark.parametrize("budget", [1, 2**24])
+@shapes
+def test_norms_and_sums_over_output_vectors_are_parts_of_the_gram(name, budget, monkeypatch):
+    for module in ("kfac_func.blocks.pairs", "kfac_func.linalg.gram"):
+        monkeypatch.setattr(sys.modules[module], "BUDGET", budget)
+    rows, other = rows_of(name), rows_of(name, seed=5, examples=2)
+    (v, b), m = rows.left.shape[:2], dense(rows)
+    assert close(g.squared_norms(rows), m.square().sum(0).reshape(v, b))
+    assert close(g.summed_gram(rows), torch.einsum("pvb,pvc->bc", *[m.reshape(-1, v, b)] * 2))
+    crossed = torch.einsum("pvb,pvc->bc", m.reshape(-1, v, b), dense(other).reshape(-1, v, 2))
+    assert close(g.summed_gram(rows, other), crossed)
 
 
 @shapes
