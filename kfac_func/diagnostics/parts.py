@@ -16,7 +16,7 @@ from kfac_func._tree import storable
 from kfac_func._typing import Model, Progress, PyTree, Scalar
 from kfac_func.diagnostics.states import opened, share, traces
 from kfac_func.losses import Loss
-from kfac_func.operators import linear_operator
+from kfac_func.operators import LinearOperator, linear_operator
 from kfac_func.products.per_example import fisher_diagonal
 from kfac_func.products.rows import Route
 
@@ -101,7 +101,11 @@ def fisher_norms(state: PyTree, params: PyTree, updates: PyTree, *, damping: Sca
         >>> round(kf.diagnostics.fisher_norms(state, params, {"weight": torch.ones(2, 3)}).total.item() ** 2, 3)
         18.0
     """
-    operator = linear_operator(state, params, damping=damping)
+    return lengths(linear_operator(state, params, damping=damping), updates, state)
+
+
+def lengths(operator: LinearOperator, updates: PyTree, state: PyTree) -> Parts:
+    """√(uᵀ M u), in all and by block."""
     squares = _products(_leaves(updates), _leaves(operator.matvec(updates)), state)
     parts = {part: square.clamp(min=0).sqrt() for part, square in squares.items()}
     return Parts(_sum(list(squares.values())).clamp(min=0).sqrt(), parts)

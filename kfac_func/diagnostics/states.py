@@ -137,24 +137,25 @@ def spectra(state: PyTree) -> dict[str, Spectrum]:
         >>> (3 * found.a).round(decimals=3), (3 * found.block).round(decimals=3)
         (tensor([1., 4., 9.]), tensor([1., 1., 4., 4., 9., 9.]))
     """
-    sides, values = factors(state), _eigenvalues(opened(state), damped=False)
+    sides, values = factors(state), eigenvalues(state, damped=False)
     none = dict.fromkeys(values.keys() - sides.keys(), ((), ()))
     own = {name: (_ascending(one.a), _ascending(one.g)) for name, one in sides.items()} | none
-    return {name: Spectrum(*own[name], block) for name, block in values.items()}
+    return {name: Spectrum(*own[name], block.sort().values) for name, block in values.items()}
 
 
 def _ascending(factor: Factor) -> Tensor:
     return eigenbasis(factor)[0].sort(dim=-1).values
 
 
-def _eigenvalues(state: KFacState, damped: bool) -> dict[str, Tensor]:
-    """The eigenvalues of every block, [p], ascending."""
-    own, damping, split = curvature_of(state).spectra, block_damping(state), state.rules.value.options.split
-    assert own is not None  # `factors` and `_blocks` have refused what has none
+def eigenvalues(state: PyTree, damped: bool) -> dict[str, Tensor]:
+    """The eigenvalues of every block, [p], in no order. Raises what `factors` raises."""
+    names, one = list(_blocks(state)), opened(state)
+    own, damping, split = curvature_of(one).spectra, block_damping(one), one.rules.value.options.split
+    assert own is not None  # `_blocks` has refused what has none
     if not damped:
         damping, split = {name: torch.zeros_like(value) for name, value in damping.items()}, "exact"
-    found = own(state.curvature, damping, split)
-    return {at.name: found[at.name].values.flatten().sort().values for at in state.rules.value.layouts}
+    found = own(one.curvature, damping, split)
+    return {name: found[name].values.flatten() for name in names}
 
 
 def traces(state: PyTree) -> dict[str, Tensor]:
@@ -167,8 +168,7 @@ def traces(state: PyTree) -> dict[str, Tensor]:
         >>> round(kf.diagnostics.traces(state)["weight"].item(), 3)
         4.0
     """
-    _blocks(state)
-    return {name: values.double().sum() for name, values in _eigenvalues(opened(state), damped=False).items()}
+    return {name: values.double().sum() for name, values in eigenvalues(state, damped=False).items()}
 
 
 def condition_numbers(state: PyTree) -> dict[str, Condition]:
@@ -185,14 +185,13 @@ def condition_numbers(state: PyTree) -> dict[str, Condition]:
         >>> [round(x.item(), 3) for x in kf.diagnostics.condition_numbers(state)["weight"]]
         [5.0, 9.0]
     """
-    _blocks(state)
-    one = opened(state)
-    damped, undamped = (_eigenvalues(one, damped=on) for on in (True, False))
-    return {name: Condition(_condition(damped[name]), _condition(undamped[name])) for name in damped}
+    damped, undamped = (eigenvalues(state, damped=on) for on in (True, False))
+    return {name: Condition(condition(damped[name]), condition(undamped[name])) for name in damped}
 
 
-def _condition(values: Tensor) -> Tensor:
-    low, high = values[0], values[-1]
+def condition(values: Tensor) -> Tensor:
+    """λ_max/λ_min, infinite where λ_min is 0."""
+    low, high = values.aminmax()
     return torch.where(low > 0, high / torch.where(low > 0, low, 1.0), torch.inf)
 
 

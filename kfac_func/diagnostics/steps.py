@@ -10,8 +10,9 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._tree import storable
 from kfac_func._typing import PyTree
-from kfac_func.diagnostics.parts import Parts, cosine, fisher_norms, norm_ratio, norms
-from kfac_func.diagnostics.states import condition_numbers, coupled, damping, opened, pi, traces
+from kfac_func.diagnostics.parts import Parts, cosine, lengths, norm_ratio, norms
+from kfac_func.diagnostics.states import condition, coupled, damping, eigenvalues, opened, pi
+from kfac_func.operators import linear_operator
 
 
 class Summary(NamedTuple):
@@ -46,8 +47,8 @@ storable(Summary)
 
 
 def summary(state: PyTree, params: PyTree, grads: PyTree | None = None, updates: PyTree | None = None) -> Summary:
-    r"""The usual numbers of a step. Eigenvalues make it cost about two refreshes (little for `eigen`), so take one
-    every so many steps.
+    r"""The usual numbers of a step. All factors are decomposed twice (those of `eigen` are not), so take one every so
+    many steps.
 
         ‖θ‖, ‖g‖, ‖u‖, ‖u‖/‖θ‖, cos(u, g), √(uᵀF̂u);  λ_l, π, λ_max/λ_min, tr F̂ by block;  steps, rejected batches
 
@@ -66,7 +67,7 @@ def summary(state: PyTree, params: PyTree, grads: PyTree | None = None, updates:
         (tensor(0.5000, dtype=torch.float64), ['weight'])
     """
     one = opened(state)
-    alone = coupled(one)
+    operator = None if coupled(one) else linear_operator(one, params, damping=0.0)
     both = grads is not None and updates is not None
     return Summary(
         step=one.step,
@@ -74,15 +75,15 @@ def summary(state: PyTree, params: PyTree, grads: PyTree | None = None, updates:
         rejected=one.rejected,
         failed=one.failed,
         damping=damping(one),
-        pi={} if alone else {name: value.mean() for name, value in pi(one).items()},
-        condition={} if alone else {name: found.damped for name, found in condition_numbers(one).items()},
-        trace={} if alone else traces(one),
+        pi={} if operator is None else {name: value.mean() for name, value in pi(one).items()},
+        condition={} if operator is None else {n: condition(s) for n, s in eigenvalues(one, damped=True).items()},
+        trace={} if operator is None else {name: operator.spectra[name].values.double().sum() for name in damping(one)},
         params=norms(params, one),
         grads=() if grads is None else norms(grads, one),
         updates=() if updates is None else norms(updates, one),
         ratio=() if updates is None else norm_ratio(updates, params, one),
         cosine=cosine(updates, grads, one) if both else (),
-        fisher=() if updates is None or alone else fisher_norms(one, params, updates),
+        fisher=() if updates is None or operator is None else lengths(operator, updates, one),
     )
 
 

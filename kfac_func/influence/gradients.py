@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from kfac_func._errors import BatchError, HyperparameterError, StateError, explain
+from kfac_func._errors import BatchError, HyperparameterError, explain
 from kfac_func._patterns import chosen
 from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree, Scalar
-from kfac_func.blocks import Layout, Pairs, matrices, pack
+from kfac_func.blocks import Pairs, matrices
 from kfac_func.linalg import Spectral
 from kfac_func.operators import linear_operator
-from kfac_func.products.rows import ExampleRows, Route, passes, whole
+from kfac_func.products.regroup import regrouped
+from kfac_func.products.rows import Route, passes, whole
 from kfac_func.products.sources import once
 
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -46,8 +46,7 @@ def prepared(
         vectors = once(lambda z: score(z, targets).unsqueeze(0))
         kept = None if only is None else names
         for part in passes(fn, params, inputs, vectors, route=route, chunk_size=chunk_size, only=kept):
-            rows = whole(part)
-            yield _gathered(rows, layouts) if route == "vmap" else _matching(rows, layouts)
+            yield regrouped(whole(part), layouts.values(), route)
 
     return spectra, read
 
@@ -75,34 +74,3 @@ def _invertible(name: str, spectral: Spectral) -> Spectral:
             )
         )
     return spectral
-
-
-def _matching(rows: ExampleRows, layouts: dict[str, Layout]) -> dict[str, Pairs]:
-    """The rows of the tape, whose blocks must be those of the state; zero for a block that the model did not read."""
-    for name, layout in rows.layouts.items():
-        if layouts.get(name) != layout:
-            raise StateError(
-                explain(
-                    f"the state knows block {name!r} in another form than the model uses it.",
-                    got=f"{layout.kind} of {', '.join(layout.leaves)}",
-                    wanted=f"{layouts[name].kind} of {', '.join(layouts[name].leaves)}" if name in layouts else None,
-                    options="fit the state with the same model; or route='vmap', for which any form will do",
-                )
-            )
-    return rows.pairs | {name: _silent(at, rows.outputs) for name, at in layouts.items() if name not in rows.pairs}
-
-
-def _silent(layout: Layout, outputs: Tensor) -> Pairs:
-    lead = (1, len(outputs), 1, *([layout.groups] if layout.groups > 1 else []))
-    columns = layout.columns if layout.matrix else 1
-    return Pairs(outputs.new_zeros(*lead, layout.outputs), outputs.new_zeros(*lead, columns))
-
-
-def _gathered(rows: ExampleRows, layouts: dict[str, Layout]) -> dict[str, Pairs]:
-    """The rows of single leaves as those of blocks, a vector [N, p] for each."""
-    leaves = {path: arrays(pairs).reshape(-1, *rows.layouts[path].shape) for path, pairs in rows.pairs.items()}
-    flat = {
-        name: torch.func.vmap(lambda own, at=layout: pack(at, own).flatten())({p: leaves[p] for p in layout.leaves})
-        for name, layout in layouts.items()
-    }
-    return {name: Pairs(v[None, :, None], v.new_ones(1, len(v), 1, 1)) for name, v in flat.items()}

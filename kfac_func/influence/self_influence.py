@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_func._typing import Model, Progress, PyTree, Scalar, shown
 from kfac_func.blocks import Pairs
-from kfac_func.influence.gradients import arrays, prepared, some
+from kfac_func.influence.gradients import prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.linalg.spectral import seen_in, squared
 from kfac_func.losses import Loss
@@ -49,23 +49,11 @@ def self_influence(
         torch.Size([5])
     """
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
-    form = _of_rows if route == "tape" else _of_arrays
-    found = [_total(form, spectra, rows) for batch in shown(batches, progress) for rows in read(loss.score, batch)]
+    found = [_total(spectra, rows) for batch in shown(batches, progress) for rows in read(loss.score, batch)]
     return torch.cat(some(found, "training examples"))
 
 
-Form: TypeAlias = Callable[[Spectral, Pairs], Tensor]
-"""The quadratic forms [N] of the examples in the inverse of one block."""
-
-
-def _total(form: Form, spectra: dict[str, Spectral], rows: dict[str, Pairs]) -> Tensor:
-    return torch.stack([form(spectra[name], one) for name, one in rows.items()]).sum(0)
-
-
-def _of_rows(spectral: Spectral, rows: Pairs) -> Tensor:
-    return squared(seen_in(spectral, rows), spectral.values.reciprocal())[0]
-
-
-def _of_arrays(spectral: Spectral, rows: Pairs) -> Tensor:
-    turned = torch.func.vmap(spectral.coordinates)(arrays(rows))
-    return (turned.square() / spectral.values).flatten(1).sum(1)
+def _total(spectra: dict[str, Spectral], rows: dict[str, Pairs]) -> Tensor:
+    """Σ_blocks ⟨V_n, (F̂ + λ)⁻¹ V_n⟩ [N]."""
+    forms = [squared(seen_in(spectra[name], one), spectra[name].values.reciprocal())[0] for name, one in rows.items()]
+    return torch.stack(forms).sum(0)

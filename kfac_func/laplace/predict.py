@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_func._errors import StateError, explain
 from kfac_func._tree import storable
 from kfac_func._typing import Model, Scalar
-from kfac_func.blocks import Layout, Pairs, matrices, pack
+from kfac_func.blocks import Pairs
 from kfac_func.laplace.posterior import Posterior, Prior, covered, positive, precisions, restricted, with_prior
 from kfac_func.linalg.spectral import inner, seen_in, squared
-from kfac_func.products.rows import ExampleRows, Route, passes, whole
+from kfac_func.products.regroup import regrouped
+from kfac_func.products.rows import Route, passes, whole
 from kfac_func.products.sources import once, unit_vectors
 
 
@@ -136,43 +136,6 @@ def _reduced(
         found = whole(part)
         terms = [
             reduction(seen_in(spectra[name], rows), spectra[name].values.reciprocal())
-            for name, rows in _by_block(posterior, found, chosen, route)
+            for name, rows in regrouped(found, posterior.layouts.value, route).items()
         ]
         yield found.outputs, torch.stack(terms).sum(0)
-
-
-def _by_block(
-    posterior: Posterior, found: ExampleRows, leaves: dict[str, Tensor], route: Route
-) -> Iterator[tuple[str, Pairs]]:
-    """The rows of every block of the posterior; blocks that the model never reads have none."""
-    if route == "vmap":
-        yield from ((layout.name, _packed(layout, found.pairs, leaves)) for layout in posterior.layouts.value)
-        return
-    known = {layout.name: layout for layout in posterior.layouts.value}
-    for name, rows in found.pairs.items():
-        if known.get(name) != found.layouts[name]:
-            raise StateError(
-                explain(
-                    f"the model has a block {name!r} that the posterior was not fitted on.",
-                    got=found.layouts[name],
-                    wanted=known.get(name, ", ".join(map(repr, known))),
-                    options="pass the model of fit(...)",
-                )
-            )
-        yield name, rows
-
-
-def _packed(layout: Layout, pairs: dict[str, Pairs], leaves: dict[str, Tensor]) -> Pairs:
-    """The rows of a block from those of its leaves: the arrays V_vn themselves, one row of theirs at a time."""
-    entries = {path: matrices(pairs[path]).flatten(2) for path in layout.leaves}
-
-    def one(flat: dict[str, Tensor]) -> Tensor:
-        return pack(layout, {path: x.reshape(leaves[path].shape) for path, x in flat.items()})
-
-    v = torch.func.vmap(torch.func.vmap(one))(entries)
-    if not layout.matrix:
-        return Pairs(v.unsqueeze(2), v.new_ones(1, v.shape[1], 1, 1))
-    right = v.movedim(-2, 2)
-    eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
-    left = eye.unsqueeze(1).expand(-1, v.shape[2], -1) if v.ndim > 4 else eye
-    return Pairs(left.expand(*v.shape[:2], *left.shape), right)

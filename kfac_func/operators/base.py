@@ -14,6 +14,7 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, StateError, TreeMismatchError, explain
 from kfac_func._patterns import first_match
+from kfac_func._tracing import known_bad
 from kfac_func._tree import Static, storable
 from kfac_func._typing import PyTree, Scalar
 from kfac_func.blocks import Layout, pack, unpack
@@ -222,6 +223,9 @@ def _checked(like: PyTree, vector: PyTree) -> dict[str, Tensor]:
                     options="pass a tree like the parameters; leaves may be None",
                 )
             )
+    if known_bad(list(found.values())):
+        bad = [path for path, leaf in found.items() if known_bad([leaf])]
+        raise HyperparameterError(explain("a vector is not finite.", got=", ".join(map(repr, bad[:5]))))
     return found
 
 

@@ -77,7 +77,7 @@ CASES = {
     "no prior for a block": Case(prior({"[!w]*": 1.0, "*": 1.0}), HYPER, "'[!w]*'", "mend the pattern"),
     "bounds": Case(lambda: kf.laplace.tune_prior_precision(POSTERIOR, bounds=(1.0, 0.1)), HYPER, "bounds", "(1e-8"),
     "steps": Case(lambda: kf.laplace.tune_prior_precision(POSTERIOR, steps=0), HYPER, "steps", "at least 1"),
-    "another model": Case(lambda: kf.laplace.predict(POSTERIOR, unbiased, X), STATE, "'weight'", "the model of fit"),
+    "another model": Case(lambda: kf.laplace.predict(POSTERIOR, unbiased, X), STATE, "'weight'", "the same model"),
     "method": Case(
         lambda: kf.laplace.probabilities(UNSURE, wrong("bridge")), HYPER, "'bridge'", "'probit' or 'sampled'"
     ),

@@ -45,5 +45,8 @@ CASES = {
         lambda: operator().matvec({"weight": torch.ones(3, 2)}), MISMATCH, "'weight'", "like the parameters"
     ),
     "an unknown leaf": Case(lambda: operator().solve({"v": torch.ones(1)}), MISMATCH, "'v'", "like the parameters"),
+    "a vector with NaN": Case(
+        lambda: operator().solve({"weight": PARAMS["weight"] * torch.nan, "bias": None}), HYPER, "'weight'", "got"
+    ),
     "no generator": Case(lambda: operator().sample(), HYPER, "generator", "noise="),
 }

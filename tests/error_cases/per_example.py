@@ -49,7 +49,7 @@ CASES = {
     ),
     "no such block": Case(
         lambda: example_rows(FN, PARAMS, X, unit_vectors, only=["head*"]),
-        HYPER, "'head*'", "the path of their weight",
+        HYPER, "'head*'", "mend the pattern",
     ),
     "no vectors": Case(
         lambda: P.fisher_diagonal(FN, MSE, kf.estimators.forward_only())(PARAMS, BATCH),
