@@ -100,6 +100,24 @@ def inside(state: PyTree) -> list[KFacState]:
     return found
 
 
+def the_one(state: PyTree) -> KFacState:
+    """The K-FAC state inside a state. Raises StateError when there is none, and for several."""
+    found = inside(state)
+    if len(found) > 1:
+        raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
+    return found[0]
+
+
+def observed_one(state: PyTree) -> KFacState:
+    """The same; raises StateError before the first statistics too."""
+    found = the_one(state)
+    if found.curvature == ():
+        raise StateError(
+            explain("the state has seen no statistics.", options="kf.observe(state, stats), or kf.fit_curvature(...)")
+        )
+    return found
+
+
 def map_damping(state: PyTree, fn: Callable[[Tensor], Tensor]) -> PyTree:
     """λ ← fn(λ) in the K-FAC states inside a state, for every pattern of a damping by path; all else stays as it is.
 

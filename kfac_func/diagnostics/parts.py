@@ -14,11 +14,12 @@ from kfac_func import _tree
 from kfac_func._errors import TreeMismatchError, explain
 from kfac_func._tree import storable
 from kfac_func._typing import Model, Progress, PyTree, Scalar
-from kfac_func.diagnostics.states import opened, share, traces
+from kfac_func.diagnostics.states import share, traces
 from kfac_func.losses import Loss
 from kfac_func.operators import LinearOperator, linear_operator
 from kfac_func.products.per_example import fisher_diagonal
 from kfac_func.products.rows import Route
+from kfac_func.state import observed_one
 
 
 class Parts(NamedTuple):
@@ -197,7 +198,7 @@ def _alike(one: PyTree, other: PyTree) -> tuple[dict[str, Tensor], dict[str, Ten
 
 def _groups(leaves: dict[str, Tensor], state: PyTree | None) -> dict[str, list[str]]:
     """Which leaves form which part: those of a block of the state together, every other one alone."""
-    layouts = () if state is None else opened(state).rules.value.layouts
+    layouts = () if state is None else observed_one(state).rules.value.layouts
     owner = {path: layout.name for layout in layouts for path in layout.leaves}
     groups: dict[str, list[str]] = {}
     for path in (*(path for path in owner if path in leaves), *(path for path in leaves if path not in owner)):
@@ -207,7 +208,7 @@ def _groups(leaves: dict[str, Tensor], state: PyTree | None) -> dict[str, list[s
 
 def _known(leaves: dict[str, Tensor], state: PyTree) -> None:
     """Raise TreeMismatchError unless the leaves are those that the statistics of a state were taken on."""
-    wanted = opened(state).rules.value.paths
+    wanted = observed_one(state).rules.value.paths
     if set(wanted) != set(leaves):
         raise TreeMismatchError(
             explain(

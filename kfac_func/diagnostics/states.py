@@ -23,7 +23,7 @@ from kfac_func.damping import pi_split
 from kfac_func.linalg import eigenbasis
 from kfac_func.linalg.sums import Terms
 from kfac_func.precondition.rules import block_damping, curvature_of
-from kfac_func.state import KFacState, inside
+from kfac_func.state import KFacState, observed_one
 
 
 class Factors(NamedTuple):
@@ -59,18 +59,6 @@ class Dead(NamedTuple):
 storable(Factors, Spectrum, Condition, Dead)
 
 
-def opened(state: PyTree) -> KFacState:
-    """The one K-FAC state inside. Raises StateError for several, and before the first statistics."""
-    found = inside(state)
-    if len(found) > 1:
-        raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
-    if found[0].curvature == ():
-        raise StateError(
-            explain("the state has seen no statistics.", options="kf.observe(state, stats), or kf.fit_curvature(...)")
-        )
-    return found[0]
-
-
 def coupled(state: KFacState) -> bool:
     """Whether the curvature is one between blocks, so that no block has a spectrum of its own."""
     return not isinstance(state.curvature, Blockwise)
@@ -78,7 +66,7 @@ def coupled(state: KFacState) -> bool:
 
 def _blocks(state: PyTree) -> dict[str, Any]:
     """What the curvature keeps of every block, in the order of the network."""
-    one = opened(state)
+    one = observed_one(state)
     if coupled(one):
         raise StateError(
             explain(
@@ -149,7 +137,7 @@ def _ascending(factor: Factor) -> Tensor:
 
 def eigenvalues(state: PyTree, damped: bool) -> dict[str, Tensor]:
     """The eigenvalues of every block, [p], in no order. Raises what `factors` raises."""
-    names, one = list(_blocks(state)), opened(state)
+    names, one = list(_blocks(state)), observed_one(state)
     own, damping, split = curvature_of(one).spectra, block_damping(one), one.rules.value.options.split
     assert own is not None  # `_blocks` has refused what has none
     if not damped:
@@ -222,7 +210,7 @@ def damping(state: PyTree) -> dict[str, Tensor]:
         >>> kf.diagnostics.damping(state)
         {'weight': tensor(0.5000, dtype=torch.float64)}
     """
-    return block_damping(opened(state))
+    return block_damping(observed_one(state))
 
 
 def dead_units(state: PyTree) -> dict[str, Dead]:
@@ -262,7 +250,7 @@ def ekfac_gain(state: PyTree) -> dict[str, Tensor]:
         raise StateError(
             explain(
                 "no block has the scalings of EKFAC.",
-                got=curvature_of(opened(state)).name,
+                got=curvature_of(observed_one(state)).name,
                 options="kf.fit_curvature(...) with curvature=kf.curvature.eigen(), its default; or kf.ekfac()",
             )
         )

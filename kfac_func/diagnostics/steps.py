@@ -11,8 +11,9 @@ from kfac_func import _tree
 from kfac_func._tree import storable
 from kfac_func._typing import PyTree
 from kfac_func.diagnostics.parts import Parts, cosine, lengths, norm_ratio, norms
-from kfac_func.diagnostics.states import condition, coupled, damping, eigenvalues, opened, pi
+from kfac_func.diagnostics.states import condition, coupled, damping, eigenvalues, pi
 from kfac_func.operators import linear_operator
+from kfac_func.state import observed_one
 
 
 class Summary(NamedTuple):
@@ -66,7 +67,7 @@ def summary(state: PyTree, params: PyTree, grads: PyTree | None = None, updates:
         >>> seen.damping["weight"], sorted(seen.grads.parts)
         (tensor(0.5000, dtype=torch.float64), ['weight'])
     """
-    one = opened(state)
+    one = observed_one(state)
     operator = None if coupled(one) else linear_operator(one, params, damping=0.0)
     both = grads is not None and updates is not None
     return Summary(

@@ -21,7 +21,7 @@ from kfac_func.blocks import Layout, pack, unpack
 from kfac_func.linalg import Spectral, elementwise
 from kfac_func.precondition.rules import block_damping, curvature_of
 from kfac_func.products import as_scipy
-from kfac_func.state import KFacState, inside
+from kfac_func.state import KFacState, observed_one
 
 
 class LinearOperator(NamedTuple):
@@ -140,14 +140,8 @@ def linear_operator(state: PyTree, params: PyTree, *, damping: Scalar | None = N
         >>> draw["weight"].shape
         torch.Size([2, 3])
     """
-    found = inside(state)
-    if len(found) > 1:
-        raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
-    one, rules = found[0], found[0].rules.value
-    if one.curvature == ():
-        raise StateError(
-            explain("the state has seen no statistics.", options="kf.observe(state, stats), or kf.fit_curvature(...)")
-        )
+    one = observed_one(state)
+    rules = one.rules.value
     own = curvature_of(one)
     if own.spectra is None:
         raise StateError(

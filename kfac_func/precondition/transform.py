@@ -21,7 +21,7 @@ from kfac_func.precondition.averages import absorbed, factorized, refreshed, sca
 from kfac_func.precondition.batch import Batch, rows_of, speaking
 from kfac_func.precondition.periods import refresh_due, scale_due
 from kfac_func.precondition.rules import attached, curvature_of, leaf_damping
-from kfac_func.state import KFacState, Options, Rules, inside
+from kfac_func.state import KFacState, Options, Rules, inside, the_one
 from kfac_func.transforms import GradientTransformation
 from kfac_func.transforms.base import zero_count
 from kfac_func.transforms.masks import Mask, selected
@@ -176,10 +176,7 @@ def precondition(state: PyTree, grads: PyTree) -> PyTree:
         >>> kf.precondition(state, {"w": torch.ones(2)})
         {'w': tensor([1., 1.])}
     """
-    found = inside(state)
-    if len(found) > 1:
-        raise StateError(explain("there are several K-FAC states inside.", got=len(found), options="pass one of them"))
-    return _solved(found[0], grads, {})
+    return _solved(the_one(state), grads, {})
 
 
 def _solved(state: KFacState, grads: PyTree, rows: dict[str, Thin]) -> PyTree:
