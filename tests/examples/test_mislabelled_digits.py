@@ -23,15 +23,20 @@ def example() -> ModuleType:
 
 
 def test_the_first_tenth_holds_most_wrong_labels(example, tmp_path):
-    found = example.main(tmp_path, seed=0)
-    assert found["net"]["test accuracy"] > 0.9
-    assert found["net"]["wrong labels learnt"] > 0.8
-    assert found["self-influence"]["recall in 10%"] >= 0.8
-    assert found["self-influence"]["precision@k"] >= 0.6
-    assert found["self-influence"]["mean recall"] > found["gradient norm"]["mean recall"]
-    assert found["self-influence"]["mean recall"] > found["loss"]["mean recall"]
+    """The mean of three trainings, so that the rounding of another machine does not decide."""
+    runs = [example.main(tmp_path if seed == 0 else None, seed=seed) for seed in range(3)]
+
+    def mean(method: str, figure: str) -> float:
+        return sum(run[method][figure] for run in runs) / len(runs)
+
+    assert mean("net", "test accuracy") > 0.9
+    assert mean("net", "wrong labels learnt") > 0.8
+    assert mean("self-influence", "recall in 10%") >= 0.8
+    assert mean("self-influence", "precision@k") >= 0.6
+    assert mean("self-influence", "mean recall") > mean("gradient norm", "mean recall")
+    assert mean("self-influence", "mean recall") > mean("loss", "mean recall")
     assert (tmp_path / "mislabelled_digits.png").stat().st_size > 10_000
-    assert len(example.table([found, found]).splitlines()) == 14
+    assert len(example.table(runs).splitlines()) == 14
 
 
 def test_one_label_in_twenty_is_wrong(example):
