@@ -24,7 +24,7 @@ FLOORS = {
 }
 # On the top floor the door shows the recipes, and the demo uses the library through the door as its readers do.
 SAME_FLOOR = {(DOOR, "recipes"), ("demo", DOOR)}
-LEAVES = {"recipes", "adapters", "diagnostics", "checkpoint"}
+LEAVES = {"recipes", "adapters", "diagnostics", "checkpoint", "laplace", "influence", "testing"}
 OPTIONAL = {"matplotlib", "scipy", "sklearn", "tqdm", "torchopt", "posteriors"}
 HOMES = {
     "optree": "_tree",
