@@ -12,10 +12,14 @@ PY := $(VENV)/bin/python
 # Many small tests side by side: one thread each, or the workers fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: demo test lint format docs bench bench-peers clean
+.PHONY: demo examples test lint format docs bench bench-peers clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m kfac_func.demo $(DEMO)
+
+# The five studies of the workbench, with plots; minutes in all.
+examples: $(VENV)/.installed-demo
+	for script in examples/*.py; do echo "== $$script"; $(PY) $$script --out examples_output || exit 1; done
 
 # First everything with shapes and types checked at run time (tests/conftest.py), then what must run without that:
 # torch.compile, and the examples of README, docs and docstrings.
@@ -44,7 +48,7 @@ bench-peers: $(VENV)-peers/.installed-peers
 	$(VENV)-peers/bin/python -m benchmarks.report --parts peers --name peers --out $(BENCH_OUT) $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers build dist demo_output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-peers build dist demo_output examples_output out .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)-peers/.installed-peers: pyproject.toml constraints.txt benchmarks/peers/requirements.txt
