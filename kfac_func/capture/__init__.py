@@ -8,5 +8,7 @@ from kfac_func.capture.examples import rereadable as rereadable
 from kfac_func.capture.functional import make_functional as make_functional
 from kfac_func.capture.plan import Plan as Plan
 from kfac_func.capture.plan import make_plan as make_plan
+from kfac_func.capture.planner import Planner as Planner
+from kfac_func.capture.planner import planner as planner
 from kfac_func.capture.record import Record as Record
 from kfac_func.capture.record import record as record

@@ -23,7 +23,7 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
-from kfac_func.capture import Plan, Record, Unclaimed, batch_size, make_plan, record
+from kfac_func.capture import Plan, Record, Unclaimed, batch_size, planner, record
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
 from kfac_func.losses import Loss, example_weight
@@ -84,13 +84,7 @@ def value_grad_and_stats(
     if sharing not in ("expand", "reduce"):
         raise HyperparameterError(explain("unknown sharing.", got=repr(sharing), wanted="'expand' or 'reduce'"))
     source = monte_carlo() if estimator is None else estimator
-    plans: dict[Any, Plan] = {}
-
-    def planned(params: PyTree, inputs: Any) -> Plan:
-        key = _signature(params, inputs)
-        if key not in plans:
-            plans[key] = make_plan(fn, params, inputs, strict=strict, unclaimed=unclaimed)
-        return plans[key]
+    planned = planner(fn, strict=strict, unclaimed=unclaimed)
 
     def step(
         params: PyTree,
@@ -240,17 +234,3 @@ def _measured(
         part = _tree.tree_map(lambda m: m / k, part)
         moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
     return Stats((), (), {}, moments, {}, rules)
-
-
-def _signature(params: PyTree, inputs: Any) -> Any:
-    """What a plan depends on: everything but the batch size."""
-    count = batch_size(inputs)
-
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        batched = leaf.ndim > 0 and leaf.shape[0] == count
-        return tuple(leaf.shape[1:] if batched else leaf.shape), batched, leaf.dtype, leaf.device
-
-    own = tuple((path, tuple(leaf.shape), leaf.dtype, leaf.device) for path, leaf in _tree.unique_paths(params).items())
-    return own, tuple(of(leaf) for leaf in _tree.leaves(inputs))

@@ -15,7 +15,7 @@ from kfac_func.blocks import Pairs, matrices
 from kfac_func.linalg import Spectral
 from kfac_func.operators import linear_operator
 from kfac_func.products.regroup import regrouped
-from kfac_func.products.rows import Route, passes, whole
+from kfac_func.products.rows import Route, passes, plans, whole
 from kfac_func.products.sources import once
 
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -40,12 +40,14 @@ def prepared(
     layouts = {name: named[name] for name in chosen(only, named, "only")}
     spectra = {name: _invertible(name, operator.spectra[name]) for name in layouts}
 
+    planned = plans(fn)
+
     def read(score: Score, batch: Any) -> Iterator[dict[str, Pairs]]:
         inputs, targets = batch
         names = list(layouts) if route != "vmap" else [path for one in layouts.values() for path in one.leaves]
         vectors = once(lambda z: score(z, targets).unsqueeze(0))
         kept = None if only is None else names
-        for part in passes(fn, params, inputs, vectors, route=route, chunk_size=chunk_size, only=kept):
+        for part in passes(fn, params, inputs, vectors, route=route, chunk_size=chunk_size, only=kept, plan=planned):
             yield regrouped(whole(part), layouts.values(), route)
 
     return spectra, read

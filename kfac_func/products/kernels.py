@@ -11,7 +11,7 @@ of chunks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from kfac_func._typing import Model, Progress, PyTree, shown
 from kfac_func.blocks import Pairs
 from kfac_func.linalg.gram import gram, summed_gram
 from kfac_func.losses import Loss
-from kfac_func.products.rows import ExampleRows, Pass, Route, passes, whole
+from kfac_func.products.rows import ExampleRows, Pass, Route, passes, plans, whole
 from kfac_func.products.sources import once, own_scores, unit_vectors
 
 Batch: TypeAlias = tuple[Any, Tensor]
@@ -55,9 +55,11 @@ def per_example_gram(
         torch.Size([5, 5])
     """
 
+    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+
     def products(params: PyTree, batch: Batch, other: Batch | None = None) -> Tensor:
         parts = [
-            passes(fn, params, inputs, once(own_scores(loss, targets)), route=route, chunk_size=chunk_size)
+            read(params, inputs, once(own_scores(loss, targets)))
             for inputs, targets in ((batch,) if other is None else (batch, other))
         ]
         return _table(*parts, kernel=gram, progress=progress)
@@ -93,12 +95,10 @@ def empirical_ntk(
     if outputs not in ("full", "trace"):
         raise HyperparameterError(explain("unknown outputs.", got=repr(outputs), wanted="'full' or 'trace'"))
     kernel = _by_outputs if outputs == "full" else summed_gram
+    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def theta(params: PyTree, inputs: Any, other: Any = None) -> Tensor:
-        parts = [
-            passes(fn, params, x, once(unit_vectors), route=route, chunk_size=chunk_size)
-            for x in ((inputs,) if other is None else (inputs, other))
-        ]
+        parts = [read(params, x, once(unit_vectors)) for x in ((inputs,) if other is None else (inputs, other))]
         return _table(*parts, kernel=kernel, progress=progress)
 
     return theta

@@ -14,7 +14,7 @@ progress    wraps the list of chunks, e.g. tqdm.tqdm
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ from kfac_func.capture import batch_size
 from kfac_func.estimators import Estimator, exact
 from kfac_func.linalg.gram import squared_norms
 from kfac_func.losses import Loss, example_weight
-from kfac_func.products.rows import ExampleRows, Route, example_rows, passes, whole
+from kfac_func.products.rows import ExampleRows, Route, example_rows, passes, plans, whole
 from kfac_func.products.sources import estimated, once, own_scores, unit_vectors
 
 Batch: TypeAlias = tuple[Any, Tensor]
@@ -60,9 +60,11 @@ def per_example_grads(
         torch.Size([5, 2, 3])
     """
 
+    read = partial(example_rows, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+
     def grads(params: PyTree, batch: Batch) -> PyTree:
         inputs, targets = batch
-        rows = example_rows(fn, params, inputs, own_scores(loss, targets), route=route, chunk_size=chunk_size)
+        rows = read(params, inputs, own_scores(loss, targets))
         return _tree.with_leaves(params, [leaf[0] for leaf in _arrays(rows, params, 1)])
 
     return grads
@@ -95,9 +97,11 @@ def per_example_norms(
         torch.Size([5])
     """
 
+    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+
     def norms(params: PyTree, batch: Batch) -> Any:
         inputs, targets = batch
-        parts = passes(fn, params, inputs, once(own_scores(loss, targets)), route=route, chunk_size=chunk_size)
+        parts = read(params, inputs, once(own_scores(loss, targets)))
         found = [
             {name: squared_norms(rows)[0] for name, rows in whole(part).pairs.items()}
             for part in shown(parts, progress)
@@ -125,8 +129,10 @@ def jacobian(fn: Model, *, route: Route = "tape", chunk_size: int | None = None)
         torch.Size([5, 2, 2, 3])
     """
 
+    read = partial(example_rows, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+
     def derivative(params: PyTree, inputs: Any) -> PyTree:
-        rows = example_rows(fn, params, inputs, unit_vectors, route=route, chunk_size=chunk_size)
+        rows = read(params, inputs, unit_vectors)
         n, *out = rows.outputs.shape
         arrays = [leaf.movedim(0, 1).reshape(n, *out, *leaf.shape[2:]) for leaf in _arrays(rows, params, prod(out))]
         return _tree.with_leaves(params, arrays)
@@ -181,13 +187,14 @@ def fisher_diagonal(
         tensor([1., 1.])
     """
     source = exact() if estimator is None else estimator
+    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def diagonal(
         params: PyTree, batch: Batch, *, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> PyTree:
         inputs, targets = batch
         sources = estimated(loss, source, targets, generator, noise)
-        parts = passes(fn, params, inputs, sources, route=route, chunk_size=chunk_size)
+        parts = read(params, inputs, sources)
         total: dict[str, Tensor] = {}
         for part in shown(parts, progress):
             for rows in part():
@@ -232,13 +239,14 @@ def per_example_traces(
         tensor([8., 8., 8., 8., 8.])
     """
     source = exact() if estimator is None else estimator
+    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def traces(
         params: PyTree, batch: Batch, *, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
         inputs, targets = batch
         sources = estimated(loss, source, targets, generator, noise)
-        parts = passes(fn, params, inputs, sources, route=route, chunk_size=chunk_size)
+        parts = read(params, inputs, sources)
         found = [reduce(torch.add, map(_norms, part())) for part in shown(parts, progress)]
         count = batch_size(inputs)
         return count * example_weight(loss, count) * torch.cat(found)

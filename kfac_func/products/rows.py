@@ -24,7 +24,7 @@ from kfac_func._patterns import chosen
 from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, Layout, Pairs, Use, pairs
-from kfac_func.capture import Plan, batch_size, check_examples, make_plan, record
+from kfac_func.capture import Plan, Planner, batch_size, check_examples, planner, record
 from kfac_func.products.sources import Sources, Vectors, once
 
 Route: TypeAlias = Literal["tape", "vmap"]
@@ -56,7 +56,7 @@ def example_rows(
     route: Route = "tape",
     chunk_size: int | None = None,
     only: Sequence[str] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Planner | None = None,
 ) -> ExampleRows:
     r"""The rows of V_{v,n} = J_nᵀ c_{v,n} of a batch, for all output vectors c_v and all blocks.
 
@@ -67,7 +67,7 @@ def example_rows(
     route        "tape" or "vmap" (see the module); equal numbers. "vmap" for what the tape refuses
     chunk_size   examples at a time (None: all): bounds the memory of the passes, at the price of a further forward pass
     only         patterns of block names to keep (`fnmatch`): weights on the tape, leaves on the route "vmap"
-    plan         an explicit `make_plan(fn, params, inputs)` for the tape
+    plan         an explicit `make_plan(fn, params, inputs)` for the tape, or what makes one (`plans`)
 
     Raises CaptureError for what the tape cannot give per example (parameters used where no kind sees them, uses that
     all examples share), BatchError for an empty batch and where a NaN shows, HyperparameterError for an unknown route,
@@ -109,7 +109,7 @@ def passes(
     route: Route = "tape",
     chunk_size: int | None = None,
     only: Sequence[str] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Planner | None = None,
 ) -> list[Pass]:
     """What `example_rows` does, not yet done: `chunk_size` examples in every pass, for what reduces rows at once."""
     if route not in get_args(Route):
@@ -152,8 +152,9 @@ def _forward(fn: Model, params: PyTree, inputs: Any) -> Tensor:
 # ------------------------------------------------------------------ the tape
 
 
-def _taped(fn: Model, params: PyTree, inputs: Any, only: Sequence[str] | None, plan: Plan | None) -> Rows:
-    plan = _planned(fn, params, inputs) if plan is None else plan
+def _taped(fn: Model, params: PyTree, inputs: Any, only: Sequence[str] | None, plan: Plan | Planner | None) -> Rows:
+    given = plans(fn) if plan is None else plan
+    plan = given if isinstance(given, Plan) else given(params, inputs)
     strays = [path for path, _ in plan.unclaimed]
     kept = chosen(only, [block.layout.name for block in plan.blocks] + strays + list(plan.unused), "only")
     blocks = {layout.name: (layout, uses) for layout, uses in plan.blocks if layout.name in kept}
@@ -175,11 +176,17 @@ def _taped(fn: Model, params: PyTree, inputs: Any, only: Sequence[str] | None, p
     return rows
 
 
-def _planned(fn: Model, params: PyTree, inputs: Any) -> Plan:
-    try:
-        return make_plan(fn, params, inputs, strict=False)
-    except CaptureError as error:
-        raise type(error)(f"{error}\n  or       route='vmap', if examples do not see each other") from error
+def plans(fn: Model) -> Planner:
+    """The plans of a model for the tape, made once for every kind of batch."""
+    planned = planner(fn, strict=False)
+
+    def offering(params: PyTree, inputs: Any) -> Plan:
+        try:
+            return planned(params, inputs)
+        except CaptureError as error:
+            raise type(error)(f"{error}\n  or       route='vmap', if examples do not see each other") from error
+
+    return offering
 
 
 def _off_tape(name: str, shared: bool) -> str:
