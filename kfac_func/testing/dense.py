@@ -166,7 +166,7 @@ def dense_hessian(
 def _output_hessian(problem: Problem, n: int) -> Tensor:
     """∂²L/∂z_n² [D, D] of the loss in the outputs of example n."""
     z_n = problem.z[n]
-    hessian = jacrev(jacrev(lambda new: problem.loss(replaced(problem.z, n, new))))(z_n)
+    hessian = jacrev(grad(lambda new: problem.loss(replaced(problem.z, n, new))))(z_n)
     return hessian.reshape(z_n.numel(), z_n.numel())
 
 
