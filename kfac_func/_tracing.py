@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 def readable(x: Tensor) -> bool:
@@ -50,3 +56,29 @@ def known_bad(tensors: Iterable[Tensor]) -> bool:
     """
     flags = [x.isfinite().all() for x in tensors if readable(x)]
     return bool(flags) and not bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def level() -> int:
+    """How many torch.func transforms are around; 0 outside of all, and for a compiler.
+
+    >>> level()
+    0
+    """
+    top = None if torch.compiler.is_compiling() else peek_interpreter_stack()
+    return 0 if top is None else top.level()
+
+
+def plain(x: Tensor) -> Tensor:
+    """The numbers of a tensor under transforms, for decisions of the host; of the first member of a stacked one.
+
+    >>> seen = []
+    >>> _ = torch.func.vmap(lambda x: (seen.append(plain(x)), x)[1])(torch.arange(3))
+    >>> seen[0]
+    tensor(0)
+    """
+    with temporarily_clear_interpreter_stack():
+        while is_functorch_wrapped_tensor(x):
+            dim = maybe_get_bdim(x)
+            x = get_unwrapped(x)
+            x = x.select(dim, 0) if dim >= 0 else x
+        return x.detach()
