@@ -21,6 +21,7 @@ import kfac_func as kf
 from benchmarks.harness import Race, Step, configure, spread
 from benchmarks.workloads import SEED, WORKLOADS
 from kfac_func.blocks import pack
+from kfac_func.curvature import Batch
 from kfac_func.curvature.eigen import Bases, EigenState, reexpressed
 from kfac_func.demo.data import curves
 from kfac_func.linalg.rotation import refreshed_basis
@@ -99,7 +100,7 @@ def effect(moments: Iterator[Moment], decay: float, refreshes: int) -> None:
                 elif due:
                     state = followed(state, refresh)
                 assert own.scale is not None
-                state = states[variant, name] = own.scale(state, lambda u, b=block: own.measure(b, u), fraction)
+                state = states[variant, name] = own.scale(state, Batch((), lambda ask, b=block: ask(b)), fraction)
                 for damping in DAMPINGS if due else ():
                     v = own.solve(own.factorize(state, torch.tensor(damping), ""), seen.grads[name])
                     exact = v if variant == "eigh" else squares["eigh", damping, name][0]

@@ -37,7 +37,7 @@ from benchmarks.report import append, checked, parser_for, table
 from benchmarks.steps import ESTIMATORS, KINDS, RATE, Step, Task, make_task
 from benchmarks.workloads import SEED, WORKLOADS, Workload
 from kfac_func.damping import Split
-from kfac_func.precondition.averages import Batch, absorbed, factorized, refreshed, scaled
+from kfac_func.precondition.averages import Observed, absorbed, factorized, refreshed, scaled
 
 C = kf.curvature
 PHASES = ("measure", "refresh", "solve")
@@ -142,16 +142,16 @@ def phases(given: Batches, name: str) -> dict[str, Step]:
     assert first is not None
     assert second is not None
     start = kf.observe(tx.init(given.params), first)
-    batch = Batch(start, second)
-    measured = absorbed(start, batch)
-    scales = batch.curvature.scales
+    seen = Observed(start, second)
+    measured = absorbed(start, seen)
+    scales = seen.curvature.scales
 
     def refresh() -> Any:
         state = refreshed(measured)
-        return factorized(scaled(state, batch) if scales else state)
+        return factorized(scaled(state, seen) if scales else state)
 
     return {
-        "measure": Step(lambda: absorbed(start, Batch(start, second))),
+        "measure": Step(lambda: absorbed(start, Observed(start, second))),
         "refresh": Step(refresh),
         "solve": Step(lambda: kf.precondition(start, grads)),
     }

@@ -21,13 +21,6 @@ from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
 from kfac_func.blocks.rows import examples_first
 
 
-class Frame(NamedTuple):
-    """What Z is applied to: `outputs` V̂ [(q), o, o] for Z V̂, or `inputs` Û [(q), i, i] for Zᵀ Û; the other is ()."""
-
-    inputs: Any = ()
-    outputs: Any = ()
-
-
 class Rearranged(NamedTuple):
     """Z of a batch: its rows, and the pairs of positions that count, 1 or 0 in [S, S]; () when all do."""
 
@@ -78,12 +71,22 @@ def _close(size: tuple[int, ...], radius: int, device: torch.device) -> Tensor:
     return (place.unsqueeze(1) - place).abs().amax(-1) <= radius
 
 
-def seen(z: Rearranged, frame: Any = ()) -> Tensor:
-    """Z V̂ or Zᵀ Û, as the frame asks; for () the output moment Σ_m Σ_s left leftᵀ [(q), o, o], a good first V̂."""
-    if not isinstance(frame, Frame):
-        return torch.einsum("vbs...o,vbs...p->...op", z.rows.left, z.rows.left)
-    to_inputs = isinstance(frame.inputs, tuple)
-    x = frame.outputs if to_inputs else frame.inputs
+def output_moment(z: Rearranged) -> Tensor:
+    """Σ_m Σ_s left leftᵀ [(q), o, o], a good first V̂."""
+    return torch.einsum("vbs...o,vbs...p->...op", z.rows.left, z.rows.left)
+
+
+def to_inputs(z: Rearranged, v: Tensor) -> Tensor:
+    """Z V̂ [(q), i, i] for V̂ [(q), o, o]."""
+    return _applied(z, v, to_inputs=True)
+
+
+def to_outputs(z: Rearranged, u: Tensor) -> Tensor:
+    """Zᵀ Û [(q), o, o] for Û [(q), i, i]."""
+    return _applied(z, u, to_inputs=False)
+
+
+def _applied(z: Rearranged, x: Tensor, *, to_inputs: bool) -> Tensor:
     form = _by_matrices if _matrices_are_cheaper(z, to_inputs) else _by_positions
     numbers = None if form is _by_matrices else _numbers(z.rows)
     parts = (Pairs(*(part if to_inputs else part[::-1])) for part in chunks(z.rows, numbers))

@@ -1,6 +1,7 @@
 """Curvature structures: each a file on the same waist. A new structure is a file and a line here."""
 
 from kfac_func.blocks import KroneckerState as KroneckerState
+from kfac_func.curvature.base import Batch as Batch
 from kfac_func.curvature.base import Curvature as Curvature
 from kfac_func.curvature.base import Structure as Structure
 from kfac_func.curvature.block_diagonal import block_diagonal as block_diagonal

@@ -16,8 +16,31 @@ from kfac_func.linalg import Spectral
 
 _tree.storable(KroneckerState, Diagonal, Blocks, Offsets, Pairs)  # what states are made of
 
-Look = Callable[..., Any]
-"""look(frame) -> moments: measures the batch at hand, and averages over ranks where there are several."""
+
+Question = Callable[[Any], Any]
+"""prepared -> answer: tensors that are MEANS over the examples, or rows (`Pairs`)."""
+
+
+class Batch(NamedTuple):
+    """What a curvature may know of a batch, in however many micro-batches or on however many ranks it lies.
+
+    first    the moments, as `measure` gives them
+    ask      question -> answer: question(prepared) wherever examples lie, and the mean of those over all examples; rows
+             stand side by side
+
+    The rows of a batch pass through here or not at all, so that who pools micro-batches or ranks replaces `ask` alone.
+    """
+
+    first: Any
+    ask: Callable[[Question], Any]
+
+    def about(self, part: Callable[[Any], Any]) -> Callable[[Question], Any]:
+        """`ask` for questions about a part of what was prepared."""
+        return lambda question: self.ask(lambda prepared: question(part(prepared)))
+
+    def of(self, part: Callable[[Any], Any]) -> Batch:
+        """A part, of the moments and of what was prepared alike: that of one block, say."""
+        return Batch(part(self.first), self.about(part))
 
 
 class Structure(NamedTuple):
@@ -27,16 +50,15 @@ class Structure(NamedTuple):
     Every batch with statistics:
 
     prepare(block) -> prepared                   what `measure` needs of the batch, made once per batch
-    measure(prepared, frame) -> moments          what the batch says: MEANS over examples, so they average over
-                                                 micro-batches and ranks. `frame` is () at first; structures that see
-                                                 the batch through their state (a basis, factors) choose further ones
-    absorb(state, look, fraction) -> state       moving average: state + fraction · (moments − state) for
-                                                 moments = look(()). `state` is () at first; fraction 0 changes nothing
+    measure(prepared) -> moments                 what the batch says at first: MEANS over examples
+    absorb(state, batch, fraction) -> state      moving average: state + fraction · (batch.first − state). `state` is ()
+                                                 at first; fraction 0 changes nothing. Structures that see the batch
+                                                 through their state (a basis, factors) ask it more
 
     When due (every `refresh_every`; the scalings every `scale_every`):
 
     refresh(state, damping, split) -> state      the dear part of the state: a basis, roots. Without it: nothing
-    scale(state, look, fraction) -> state        moving average of what is seen in the refreshed frame; None: nothing
+    scale(state, batch, fraction) -> state       moving average of what the refreshed state asks; None: nothing
     factorize(state, damping, split) -> factored what `solve` needs; `damping` in units of F. Also after every `scale`
 
     Every step:
@@ -59,9 +81,9 @@ class Structure(NamedTuple):
     dense: Callable[[Any], Tensor]
     matrix: bool = False
     prepare: Callable[[Any], Any] = lambda block: block
-    absorb: Callable[[Any, Look, Tensor], Any] = lambda state, look, fraction: average(state, look(()), fraction)
+    absorb: Callable[[Any, Batch, Tensor], Any] = lambda state, batch, fraction: average(state, batch.first, fraction)
     refresh: Callable[[Any, Tensor, str], Any] = lambda state, damping, split: state
-    scale: Callable[[Any, Look, Tensor], Any] | None = None
+    scale: Callable[[Any, Batch, Tensor], Any] | None = None
     thin: bool = False
     spectrum: Callable[[Any, Tensor, str], Spectral] | None = None
 
@@ -70,10 +92,10 @@ class Curvature(NamedTuple):
     """The same functions for all blocks together, as dictionaries by block name; `damping` is one of them, λ_l.
 
     prepare(blocks) -> prepared
-    measure(prepared, frame) -> moments          `frame` () at first, then what the curvature's own `absorb` asks for
-    absorb(state, look, fraction) -> state
+    measure(prepared) -> moments
+    absorb(state, batch, fraction) -> state
     refresh(state, damping, split) -> state
-    scale(state, look, fraction) -> state
+    scale(state, batch, fraction) -> state
     factorize(state, damping, split, kept) -> factored
                                                  `kept`: an older one, to be kept where `scale` cannot have changed
                                                  it; () to make all anew
@@ -91,9 +113,9 @@ class Curvature(NamedTuple):
     name: str
     prepare: Callable[[Any], Any]
     measure: Callable[..., Any]
-    absorb: Callable[[Any, Look, Tensor], Any]
+    absorb: Callable[[Any, Batch, Tensor], Any]
     refresh: Callable[..., Any]
-    scale: Callable[[Any, Look, Tensor], Any]
+    scale: Callable[[Any, Batch, Tensor], Any]
     factorize: Callable[..., Any]
     solve: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
     dense: Callable[[Any], dict[str, Tensor]]

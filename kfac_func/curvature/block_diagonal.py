@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from kfac_func._errors import at_least
-from kfac_func.blocks import Pairs, pairs
-from kfac_func.curvature.base import Look, Structure
+from kfac_func.blocks import pairs
+from kfac_func.curvature.base import Batch, Structure
 from kfac_func.linalg.gram import (
-    ROWS,
     Rule,
     Window,
     Woodbury,
@@ -60,11 +59,8 @@ def block_diagonal(*, rule: Rule = "standard", window: int = 1) -> Structure:
     known_rule(rule)
     at_least(1, window=window)
 
-    def measure(rows: Pairs, frame: Any = ()) -> Any:
-        return rows if frame == ROWS else sizes(rows)
-
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Window:
-        return shifted(state, look(ROWS), fraction, window)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Window:
+        return shifted(state, batch.ask(lambda rows: rows), fraction, window)
 
     def factorize(state: Window, damping: Tensor, split: str) -> Woodbury:
         del split
@@ -78,4 +74,4 @@ def block_diagonal(*, rule: Rule = "standard", window: int = 1) -> Structure:
         return m @ m.mT
 
     name = f"block_diagonal[{rule}, window={window}]"
-    return Structure(name, measure, factorize, solve, dense, prepare=pairs, absorb=absorb)
+    return Structure(name, sizes, factorize, solve, dense, prepare=pairs, absorb=absorb)

@@ -13,7 +13,7 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._patterns import first_match, useful
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, Thin
-from kfac_func.curvature.base import Curvature, Look, Structure
+from kfac_func.curvature.base import Batch, Curvature, Structure
 from kfac_func.curvature.diagonal import diagonal
 from kfac_func.linalg import Spectral, decomposed
 from kfac_func.linalg.workers import side_by_side
@@ -114,22 +114,16 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
     def prepare(blocks: dict[str, Block]) -> Blockwise:
         return each(lambda own, _, block: own.prepare(block), _split(blocks))
 
-    def measure(prepared: Any, frame: Any = ()) -> Any:
+    def measure(prepared: Any) -> Any:
         prepared = prepared if isinstance(prepared, Blockwise) else prepare(prepared)
-        if frame == ():
-            return each(lambda own, _, item: own.measure(item, ()), prepared)
-        ((block, inner),) = frame.items()
-        matrix = block in prepared.matrix
-        return choose(block, matrix).measure((prepared.matrix if matrix else prepared.vector)[block], inner)
+        return each(lambda own, _, item: own.measure(item), prepared)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Blockwise:
-        first = look(())
-
-        def one(own: Structure, block: str, moments: Any) -> Any:
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Blockwise:
+        def one(own: Structure, block: str, _: Any) -> Any:
             before = () if state == () else _flat(state)[block]
-            return own.absorb(before, lambda f: moments if _none(f) else look({block: f}), fraction)
+            return own.absorb(before, batch.of(_block(block)), fraction)
 
-        return each(one, first)
+        return each(one, batch.first)
 
     def refresh(state: Blockwise, damping: dict[str, Tensor], split: str, due: Any = None) -> Blockwise:
         def one(own: Structure, block: str, thing: Any) -> Any:
@@ -137,9 +131,9 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
 
         return apart(one, state)
 
-    def scale(state: Blockwise, look: Look, fraction: Tensor) -> Blockwise:
+    def scale(state: Blockwise, batch: Batch, fraction: Tensor) -> Blockwise:
         def one(own: Structure, block: str, thing: Any) -> Any:
-            return thing if own.scale is None else own.scale(thing, lambda f: look({block: f}), fraction)
+            return thing if own.scale is None else own.scale(thing, batch.of(_block(block)), fraction)
 
         return each(one, state)
 
@@ -191,5 +185,5 @@ def _flat(things: Blockwise) -> dict[str, Any]:
     return things.matrix | things.vector
 
 
-def _none(frame: Any) -> bool:
-    return isinstance(frame, tuple) and len(frame) == 0
+def _block(name: str) -> Callable[[Blockwise], Any]:
+    return lambda things: _flat(things)[name]

@@ -15,8 +15,8 @@ from torch import Tensor
 from kfac_func._errors import at_least
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, KroneckerState, densify, kronecker_state, merged
-from kfac_func.blocks.rearranged import Frame, Rearranged, rearranged, seen
-from kfac_func.curvature.base import Look, Structure, average
+from kfac_func.blocks.rearranged import Rearranged, rearranged
+from kfac_func.curvature.base import Batch, Structure, average
 from kfac_func.damping import damped_sum
 from kfac_func.linalg.krylov import Triplet, deflated, power, start_matrix
 from kfac_func.linalg.sums import (
@@ -74,14 +74,14 @@ def corrected(*, iterations: int = 10, tolerance: float = 1e-3, radius: int | No
     def prepare(block: Block) -> CorrectedPrepared:
         return CorrectedPrepared(kronecker_state(block), rearranged(block, radius))
 
-    def measure(prepared: CorrectedPrepared, frame: Any = ()) -> Any:
-        return seen(prepared.exact, frame) if isinstance(frame, Frame) else prepared.kronecker
+    def measure(prepared: CorrectedPrepared) -> KroneckerState:
+        return prepared.kronecker
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> CorrectedState:
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> CorrectedState:
         old, before, terms = ((), (), ()) if state == () else (*state, _terms(state))
-        kronecker = average(old, look(()), fraction)
+        kronecker = average(old, batch.first, fraction)
         r, s = _first(kronecker)
-        missed = deflated(*averaged(terms, look, fraction), [Triplet(r.new_ones(r.shape[:-2]), r, s)])
+        missed = deflated(*averaged(terms, batch.about(_exact), fraction), [Triplet(r.new_ones(r.shape[:-2]), r, s)])
         start = warm(None if state == () else state.correction.s[0], start_matrix(s.shape[-1], s).expand_as(s))
         found = power(*missed, start, iterations, tolerance)
         return CorrectedState(kronecker, changed(before, terms_of([found]), fraction))
@@ -93,6 +93,10 @@ def corrected(*, iterations: int = 10, tolerance: float = 1e-3, radius: int | No
         return densified(_terms(state))
 
     return Structure(name, measure, factorize, solve_sum, dense, matrix=True, prepare=prepare, absorb=absorb)
+
+
+def _exact(prepared: CorrectedPrepared) -> Rearranged:
+    return prepared.exact
 
 
 def _first(kronecker: KroneckerState) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kfac_func._errors import at_least
 from kfac_func.blocks import Block
-from kfac_func.blocks.rearranged import rearranged, seen
-from kfac_func.curvature.base import Look, Structure
+from kfac_func.blocks.rearranged import output_moment, rearranged
+from kfac_func.curvature.base import Batch, Structure
 from kfac_func.damping import damped_sum
 from kfac_func.linalg.krylov import Triplet, deflated, power, start_matrix
 from kfac_func.linalg.sums import (
@@ -59,8 +59,8 @@ def deflation(rank: int = 2, *, iterations: int = 10, tolerance: float = 1e-3, r
     def prepare(block: Block) -> Any:
         return rearranged(block, radius)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Terms:
-        g, products = look(()), averaged(state, look, fraction)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Terms:
+        g, products = batch.first, averaged(state, batch.ask, fraction)
         found: list[Triplet] = []
         for k in range(rank):
             fresh = start_matrix(g.shape[-1], g).expand_as(g) if k else g
@@ -71,4 +71,4 @@ def deflation(rank: int = 2, *, iterations: int = 10, tolerance: float = 1e-3, r
     def factorize(state: Terms, damping: Tensor, split: str) -> SumFactored:
         return damped_sum(state, damping, split, name)
 
-    return Structure(name, seen, factorize, solve_sum, densified, matrix=True, prepare=prepare, absorb=absorb)
+    return Structure(name, output_moment, factorize, solve_sum, densified, matrix=True, prepare=prepare, absorb=absorb)

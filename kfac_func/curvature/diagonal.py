@@ -8,7 +8,7 @@ Every example's gradient is summed over its positions BEFORE it is squared. Sour
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -43,8 +43,7 @@ def diagonal() -> Structure:
     tensor([0.5000, 0.5000])
     """
 
-    def measure(block: Block, frame: Any = ()) -> DiagonalState:
-        del frame
+    def measure(block: Block) -> DiagonalState:
         return DiagonalState(squares(block))
 
     def factorize(state: DiagonalState, damping: Tensor, split: str) -> DiagonalFactored:

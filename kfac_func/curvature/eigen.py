@@ -32,7 +32,7 @@ from kfac_func.blocks import (
     squares,
     transpose,
 )
-from kfac_func.curvature.base import Look, Structure, average
+from kfac_func.curvature.base import Batch, Structure, average
 from kfac_func.damping import EigenFactored, solve_product
 from kfac_func.linalg import Spectral, eigenbasis, refreshed_basis, times
 
@@ -98,17 +98,14 @@ def eigen(
     _check(scalings, basis, sweeps, share)
     kept = pattern(sua=sua, sides="both", max_dim=max_dim, oversize=oversize, centred=centred)
     follow = None if basis == "eigh" else partial(refreshed_basis, sweeps=sweeps, share=share)
+    diagonal = mean_squares if scalings == "mean_gradient" else squares
 
-    def measure(block: Block, frame: Any = ()) -> Any:
-        if not isinstance(frame, Bases):
-            return kronecker_state(block, kept)
-        seen = mean_squares if scalings == "mean_gradient" else squares
-        return seen(block, frame.a, frame.g)
+    def measure(block: Block) -> KroneckerState:
+        return kronecker_state(block, kept)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> EigenState:
-        if state == ():
-            return EigenState(average((), look(()), fraction), (), ())
-        return state._replace(factors=average(state.factors, look(()), fraction))
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> EigenState:
+        factors = average(() if state == () else state.factors, batch.first, fraction)
+        return EigenState(factors, (), ()) if state == () else state._replace(factors=factors)
 
     def refresh(state: EigenState, damping: Tensor, split: str) -> EigenState:
         del damping, split
@@ -118,8 +115,8 @@ def eigen(
         bases = Bases(*(_moved(x, u, follow) for x, u in zip((a, g), state.bases, strict=True)))
         return EigenState(state.factors, bases, reexpressed(state.scalings, state.bases, bases))
 
-    def scale(state: EigenState, look: Look, fraction: Tensor) -> EigenState:
-        seen = look(state.bases)
+    def scale(state: EigenState, batch: Batch, fraction: Tensor) -> EigenState:
+        seen = batch.ask(lambda block: diagonal(block, state.bases.a, state.bases.g))
         weight = (fraction > 0).to(fraction.dtype) if scalings == "intra_batch" else fraction
         return state._replace(scalings=average(state.scalings, seen, weight))
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kfac_func._errors import at_least
 from kfac_func.blocks import Block, Pairs, pairs_by_example
-from kfac_func.curvature.base import Curvature, Look
+from kfac_func.curvature.base import Batch, Curvature
 from kfac_func.linalg.gram import (
-    ROWS,
     Rule,
     Window,
     Woodbury,
@@ -57,12 +56,12 @@ def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:
     def prepare(blocks: dict[str, Block]) -> dict[str, Pairs]:
         return pairs_by_example(blocks, "full()")
 
-    def measure(prepared: dict[str, Any], frame: Any = ()) -> Any:
+    def measure(prepared: dict[str, Any]) -> Any:
         rows = prepare(prepared) if isinstance(next(iter(prepared.values())), Block) else prepared
-        return rows if frame == ROWS else {name: sizes(part) for name, part in rows.items()}
+        return {name: sizes(part) for name, part in rows.items()}
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Window:
-        return shifted(state, look(ROWS), fraction, window)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Window:
+        return shifted(state, batch.ask(lambda rows: rows), fraction, window)
 
     def factorize(state: Window, damping: dict[str, Tensor], split: str, kept: Any = ()) -> Woodbury:
         del split
@@ -82,7 +81,7 @@ def full(*, rule: Rule = "standard", window: int = 1) -> Curvature:
         measure,
         absorb,
         refresh=lambda state, damping, split: state,
-        scale=lambda state, look, fraction: state,
+        scale=lambda state, batch, fraction: state,
         factorize=factorize,
         solve=solve_woodbury,
         dense=dense,

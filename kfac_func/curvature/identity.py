@@ -5,7 +5,7 @@ F = I (undamped on purpose), v = V
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ def identity() -> Structure:
     True
     """
 
-    def measure(block: Block, frame: Any = ()) -> IdentityState:
-        del frame
+    def measure(block: Block) -> IdentityState:
         return IdentityState(torch.full((), float(_size(block)), device=block.uses[0].inputs.device))
 
     def factorize(state: IdentityState, damping: Tensor, split: str) -> tuple[()]:

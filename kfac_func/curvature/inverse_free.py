@@ -30,7 +30,7 @@ from kfac_func.blocks import (
     scaled,
     transpose,
 )
-from kfac_func.curvature.base import Look, Structure, average
+from kfac_func.curvature.base import Batch, Structure, average
 from kfac_func.damping import Split, pi_split, product_spectrum
 from kfac_func.linalg import Spectral, kron, times
 from kfac_func.linalg.roots import excess, mean_within, moved, multiple
@@ -121,7 +121,7 @@ def inverse_free(
 
         >>> f = kf.curvature.inverse_free()
         >>> factors = kf.curvature.KroneckerState(torch.eye(3) * 4, torch.eye(2), torch.tensor(1.0), torch.tensor(1.0))
-        >>> state = f.absorb((), lambda frame: factors, torch.tensor(1.0))
+        >>> state = f.absorb((), kf.curvature.Batch(factors, lambda question: None), torch.tensor(1.0))
         >>> state = f.refresh(state, torch.tensor(1e-8), "pi")
         >>> f.solve(f.factorize(state, torch.tensor(1e-8), "pi"), torch.ones(2, 3)).round(decimals=3)
         tensor([[0.2500, 0.2500, 0.2500],
@@ -132,14 +132,12 @@ def inverse_free(
     flat = structure == "diagonal"
     kept = pattern(sides="both", max_dim=1 if flat else block_size, oversize="diagonal" if flat else "blocks")
 
-    def measure(block: Block, frame: Any = ()) -> KroneckerState:
-        del frame
+    def measure(block: Block) -> KroneckerState:
         return kronecker_state(block, kept)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> InverseFreeState:
-        if state == ():
-            return InverseFreeState(average((), look(()), fraction), (), ())
-        return state._replace(factors=average(state.factors, look(()), fraction))
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> InverseFreeState:
+        factors = average(() if state == () else state.factors, batch.first, fraction)
+        return InverseFreeState(factors, (), ()) if state == () else state._replace(factors=factors)
 
     def refresh(state: InverseFreeState, damping: Tensor, split: str) -> InverseFreeState:
         if split == "exact" and not adaptive:

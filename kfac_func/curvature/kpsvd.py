@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func.blocks import Block
-from kfac_func.blocks.rearranged import rearranged, seen
-from kfac_func.curvature.base import Look, Structure
+from kfac_func.blocks.rearranged import output_moment, rearranged
+from kfac_func.curvature.base import Batch, Structure
 from kfac_func.damping import damped_product, product_spectrum, solve_product
 from kfac_func.linalg import Solver, Spectral
 from kfac_func.linalg.krylov import power
@@ -59,9 +59,9 @@ def kpsvd(
     def prepare(block: Block) -> Any:
         return rearranged(block, radius)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Terms:
-        start = warm(None if state == () else state.s[0], look(()))
-        found = power(*averaged(state, look, fraction), start, iterations, tolerance)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Terms:
+        start = warm(None if state == () else state.s[0], batch.first)
+        found = power(*averaged(state, batch.ask, fraction), start, iterations, tolerance)
         return changed(state, terms_of([found]), fraction)
 
     def factorize(state: Terms, damping: Tensor, split: str) -> Any:
@@ -73,5 +73,5 @@ def kpsvd(
         return product_spectrum(r, s, r.new_ones(()), damping, split)
 
     name = f"kpsvd[{solver}]" if radius is None else f"kpsvd[{solver}, radius={radius}]"
-    every = seen, factorize, solve_product, densified, True, prepare, absorb
+    every = output_moment, factorize, solve_product, densified, True, prepare, absorb
     return Structure(name, *every, thin=True, spectrum=spectrum)

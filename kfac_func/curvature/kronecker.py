@@ -59,8 +59,7 @@ def kronecker(
         raise HyperparameterError(explain("unknown solver.", got=repr(solver), wanted="'cholesky' or 'eigh'"))
     kept = pattern(sua=sua, sides=sides, max_dim=max_dim, oversize=oversize, centred=centred)
 
-    def measure(block: Block, frame: Any = ()) -> KroneckerState:
-        del frame
+    def measure(block: Block) -> KroneckerState:
         return kronecker_state(block, kept)
 
     def factorize(state: KroneckerState, damping: Tensor, split: str) -> Any:

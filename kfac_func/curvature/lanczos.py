@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kfac_func._errors import at_least
 from kfac_func.blocks import Block
-from kfac_func.blocks.rearranged import rearranged, seen
-from kfac_func.curvature.base import Look, Structure
+from kfac_func.blocks.rearranged import output_moment, rearranged
+from kfac_func.curvature.base import Batch, Structure
 from kfac_func.damping import damped_sum
 from kfac_func.linalg.krylov import golub_kahan
 from kfac_func.linalg.sums import (
@@ -56,11 +56,12 @@ def lanczos(rank: int = 2, *, steps: int = 8, radius: int | None = None) -> Stru
     def prepare(block: Block) -> Any:
         return rearranged(block, radius)
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> Terms:
-        start = warm(None if state == () else state.s.sum(0), look(()))
-        return changed(state, terms_of(golub_kahan(*averaged(state, look, fraction), start, rank, steps)), fraction)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> Terms:
+        start = warm(None if state == () else state.s.sum(0), batch.first)
+        found = golub_kahan(*averaged(state, batch.ask, fraction), start, rank, steps)
+        return changed(state, terms_of(found), fraction)
 
     def factorize(state: Terms, damping: Tensor, split: str) -> SumFactored:
         return damped_sum(state, damping, split, name)
 
-    return Structure(name, seen, factorize, solve_sum, densified, matrix=True, prepare=prepare, absorb=absorb)
+    return Structure(name, output_moment, factorize, solve_sum, densified, matrix=True, prepare=prepare, absorb=absorb)

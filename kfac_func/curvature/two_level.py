@@ -16,7 +16,7 @@ from torch import Tensor
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
 from kfac_func.blocks import Block, crossed, map_sizes, pairs_by_example
-from kfac_func.curvature.base import Curvature, Look, Structure, average
+from kfac_func.curvature.base import Batch, Curvature, Structure, average
 from kfac_func.curvature.blockwise import Blockwise, blockwise
 from kfac_func.curvature.coarse import (
     CoarseSpace,
@@ -42,7 +42,7 @@ from kfac_func.linalg.galerkin import (
     seen,
     weighed,
 )
-from kfac_func.linalg.gram import ROWS, combined, joined, shifted
+from kfac_func.linalg.gram import combined, joined, shifted
 
 
 class TwoLevelMoments(NamedTuple):
@@ -77,12 +77,6 @@ class TwoLevelFactored(NamedTuple):
 
 
 storable(TwoLevelMoments, TwoLevelState, TwoLevelFactored)
-
-
-class _Inside(NamedTuple):
-    """A frame of the inner curvature."""
-
-    frame: Any
 
 
 class _Prepared(NamedTuple):
@@ -149,26 +143,22 @@ def two_level(
         vectors = () if level.base is None else spanned(level.base, rows, blocks)
         return _Prepared(tree.prepare(blocks), rows, vectors, map_sizes(rows, blocks))
 
-    def measure(prepared: Any, frame: Any = ()) -> Any:
+    def measure(prepared: Any) -> TwoLevelMoments:
         prepared = prepared if isinstance(prepared, _Prepared) else prepare(prepared)
-        if isinstance(frame, _Inside):
-            return tree.measure(prepared.inner, frame.frame)
-        if frame == ROWS:
-            return prepared.rows
-        return TwoLevelMoments(tree.measure(prepared.inner, ()), prepared.vectors, _coarse(level, prepared))
+        return TwoLevelMoments(tree.measure(prepared.inner), prepared.vectors, _coarse(level, prepared))
 
-    def absorb(state: Any, look: Look, fraction: Tensor) -> TwoLevelState:
-        first, old = look(()), TwoLevelState((), (), (), ()) if state == () else state
-        own = tree.absorb(old.inner, lambda f: first.inner if _none(f) else look(_Inside(f)), fraction)
+    def absorb(state: Any, batch: Batch, fraction: Tensor) -> TwoLevelState:
+        first, old = batch.first, TwoLevelState((), (), (), ()) if state == () else state
+        own = tree.absorb(old.inner, batch.of(_inner), fraction)
         vectors, coarse = average(old.vectors, first.vectors, fraction), average(old.coarse, first.coarse, fraction)
-        rows = () if level.fixed else shifted(old.rows, look(ROWS), fraction, 1)
+        rows = () if level.fixed else shifted(old.rows, batch.ask(lambda prepared: prepared.rows), fraction, 1)
         return TwoLevelState(own, vectors, coarse, rows)
 
     def refresh(state: TwoLevelState, damping: dict[str, Tensor], split: str) -> TwoLevelState:
         return state._replace(inner=tree.refresh(state.inner, damping, split))
 
-    def scale(state: TwoLevelState, look: Look, fraction: Tensor) -> TwoLevelState:
-        return state._replace(inner=tree.scale(state.inner, lambda f: look(_Inside(f)), fraction))
+    def scale(state: TwoLevelState, batch: Batch, fraction: Tensor) -> TwoLevelState:
+        return state._replace(inner=tree.scale(state.inner, batch.of(_inner), fraction))
 
     def factorize(state: TwoLevelState, damping: dict[str, Tensor], split: str, kept: Any = ()) -> TwoLevelFactored:
         own = tree.factorize(state.inner, damping, split, () if kept == () else kept.inner)
@@ -185,12 +175,12 @@ def two_level(
     return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, tree.scales)
 
 
-def _none(frame: Any) -> bool:
-    return isinstance(frame, tuple) and frame == ()
+def _inner(things: Any) -> Any:
+    return things.inner
 
 
 def _coarse(level: Level, prepared: _Prepared) -> Any:
-    """What the first look at a batch says of fixed vectors."""
+    """What a batch says at first of fixed vectors."""
     if not level.fixed:
         return ()
     if level.space == "tselepidis":

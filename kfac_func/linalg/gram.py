@@ -25,12 +25,9 @@ from kfac_func.blocks.pairs import BUDGET, Pairs, chunks, matrices
 Rule = Literal["standard", "heuristic"]
 """λ_l = λ, or λ_l = λ σ₁(A) + λ σ₁(G) + λ²."""
 
-ROWS = "rows"
-"""The frame in which a batch shows its rows."""
-
 
 class Sizes(NamedTuple):
-    """What the first look at a batch says of its rows: means over examples of Σ left² and Σ right², 0-dim."""
+    """What a batch says at first of its rows: means over examples of Σ left² and Σ right², 0-dim."""
 
     left: Tensor
     right: Tensor

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kfac_func._tree import storable
-from kfac_func.blocks.rearranged import Frame
+from kfac_func.blocks.rearranged import to_inputs, to_outputs
 from kfac_func.linalg.kron import kron
 from kfac_func.linalg.krylov import Operator, Triplet, two_term
 from kfac_func.linalg.psd import eigenbasis
@@ -63,7 +63,7 @@ def symmetric(x: Tensor) -> Tensor:
     return (x + x.mT) / 2
 
 
-def averaged(old: Any, look: Callable[..., Any], fraction: Tensor) -> tuple[Operator, Operator]:
+def averaged(old: Any, ask: Callable[..., Any], fraction: Tensor) -> tuple[Operator, Operator]:
     """The products with (1 − f) Σ_k S_k ⊗ R_k + f F, rearranged: V̂ ↦ [i, i] and Û ↦ [o, o]; `old` () is zero.
 
     Exactly symmetric, so that rounding cannot stray to the antisymmetric pairs that F may have.
@@ -78,10 +78,10 @@ def averaged(old: Any, look: Callable[..., Any], fraction: Tensor) -> tuple[Oper
         return (1 - f) * torch.einsum("k...,k...ab->...ab", weights, mine) + f * seen
 
     def forward(v: Tensor) -> Tensor:
-        return mixed(look(Frame(outputs=v)), v, old)
+        return mixed(ask(lambda z: to_inputs(z, v)), v, old)
 
     def adjoint(u: Tensor) -> Tensor:
-        return mixed(look(Frame(inputs=u)), u, old[::-1])
+        return mixed(ask(lambda z: to_outputs(z, u)), u, old[::-1])
 
     return forward, adjoint
 

@@ -12,36 +12,36 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._tracing import at_hand, readable
 from kfac_func._tree import Static
-from kfac_func.precondition.batch import Batch, all_finite
+from kfac_func.precondition.batch import Observed, all_finite
 from kfac_func.precondition.rules import block_damping, curvature_of, met
 from kfac_func.state import KFacState
 
 
-def absorbed(state: KFacState, batch: Batch) -> KFacState:
+def absorbed(state: KFacState, seen: Observed) -> KFacState:
     """One step of the moving averages; a batch that is not finite changes nothing but `rejected`."""
-    if state.curvature == () and readable(batch.finite) and not batch.finite:  # nothing was observed, and still is not
+    if state.curvature == () and readable(seen.finite) and not seen.finite:  # nothing was observed, and still is not
         return state._replace(rejected=state.rejected + 1)
-    rules = met(state.rules.value, batch.rules)
-    weight, fraction = _next(state, state.observed, state.weight, batch.finite)
-    curvature = batch.curvature.absorb(state.curvature, batch.look, fraction)
+    rules = met(state.rules.value, seen.rules)
+    weight, fraction = _next(state, state.observed, state.weight, seen.finite)
+    curvature = seen.curvature.absorb(state.curvature, seen.batch, fraction)
     return state._replace(
-        observed=state.observed + batch.finite,
-        rejected=state.rejected + ~batch.finite,
+        observed=state.observed + seen.finite,
+        rejected=state.rejected + ~seen.finite,
         weight=weight,
-        curvature=_chosen(batch, curvature, state.curvature),
+        curvature=_chosen(seen, curvature, state.curvature),
         rules=Static(rules),
     )
 
 
-def scaled(state: KFacState, batch: Batch) -> KFacState:
-    """One step of the averages that are seen in the refreshed frame (the scalings of EKFAC)."""
-    weight, fraction = _next(state, state.scaled, state.scale_weight, batch.finite)
-    curvature = batch.curvature.scale(state.curvature, batch.look, fraction)
+def scaled(state: KFacState, seen: Observed) -> KFacState:
+    """One step of the averages that are asked for by the refreshed state (the scalings of EKFAC)."""
+    weight, fraction = _next(state, state.scaled, state.scale_weight, seen.finite)
+    curvature = seen.curvature.scale(state.curvature, seen.batch, fraction)
     return state._replace(
-        scaled=state.scaled + batch.finite,
+        scaled=state.scaled + seen.finite,
         scaled_at=state.step.clone(),
         scale_weight=weight,
-        curvature=_chosen(batch, curvature, state.curvature),
+        curvature=_chosen(seen, curvature, state.curvature),
     )
 
 
@@ -60,14 +60,14 @@ def _next(state: KFacState, count: Tensor, weight: Tensor, finite: Tensor) -> tu
     return weight, torch.where(finite, fraction, 0.0)
 
 
-def _chosen(batch: Batch, new: Any, old: Any) -> Any:
-    """The new averages, unless a later look at the batch was not finite."""
-    if batch.later is batch.finite or (at_hand(batch.later) and batch.later):
+def _chosen(seen: Observed, new: Any, old: Any) -> Any:
+    """The new averages, unless a later answer of the batch was not finite."""
+    if seen.later is seen.finite or (at_hand(seen.later) and seen.later):
         return new
     old = _tree.tree_map(torch.zeros_like, new) if old == () else old
-    kept = batch.later | ~batch.finite
+    kept = seen.later | ~seen.finite
 
-    def chosen(x: Tensor, y: Any) -> Tensor:  # what is first seen in this frame was () before
+    def chosen(x: Tensor, y: Any) -> Tensor:  # what is seen for the first time was () before
         return torch.where(kept, x, y if isinstance(y, Tensor) else torch.zeros_like(x))
 
     return _tree.tree_map(chosen, new, old)

@@ -1,4 +1,4 @@
-"""The looks at one batch, or at the micro-batches that it came in."""
+"""What one batch says, or the micro-batches that it came in."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from kfac_func._errors import StateError, explain
 from kfac_func._tracing import at_hand, untouched
 from kfac_func._typing import PyTree
 from kfac_func.blocks import KroneckerState, Layout, Pairs, Thin, add, diagonal_of
+from kfac_func.curvature.base import Batch, Question
 from kfac_func.estimators import Stats
 from kfac_func.precondition.rules import curvature_of
 from kfac_func.state import KFacState
 
 
-class Batch:
-    """The looks at one batch: every answer is made finite, and `finite` says whether it was so by itself.
+class Observed:
+    """One batch as a curvature may see it, `batch`. Every answer is made finite; `finite` says whether the moments were
+    so by themselves, `later` whether all answers so far were.
 
     Statistics of several micro-batches answer as one batch does, by the means of their moments over all examples. Only
     where a use is shared by all examples, products between micro-batches are left out; their mean is zero.
@@ -34,33 +36,28 @@ class Batch:
         total = sum(part.rules.value.examples for part in self.parts)
         self.shares = [part.rules.value.examples / total for part in self.parts]
         self.prepared = [None if part.moments != () else self.curvature.prepare(part.blocks()) for part in self.parts]
-        self.first, self.finite = self._checked(self._measured(()))
+        first, self.finite = self._checked(self._asked(self.curvature.measure, measured=True))
         self.later = self.finite
+        self.batch = Batch(first, self._answer)
 
-    def look(self, frame: Any) -> Any:
-        """The moments of the batch in a frame; () is the first look."""
-        if _first(frame):
-            return self.first
-        found, finite = self._checked(self._measured(frame))
+    def _answer(self, question: Question) -> Any:
+        found, finite = self._checked(self._asked(question))
         self.later = self.later & finite
         return found
 
-    def _measured(self, frame: Any) -> Any:
-        found = [self._part(*each, frame) for each in zip(self.parts, self.prepared, strict=True)]
-        return found[0] if len(found) == 1 else pooled(found, self.shares)
-
-    def _part(self, part: Stats, prepared: Any, frame: Any) -> Any:
-        if prepared is not None:
-            return self.curvature.measure(prepared, frame)
-        if _first(frame):
-            return part.moments
-        raise StateError(
-            explain(
-                f"{self.curvature.name} looks at a batch more than once, and the statistics are moments already.",
-                why="a basis or factors of the state decide what is measured",
-                options="leave `measure=` out of value_grad_and_stats; or use kronecker() or diagonal()",
+    def _asked(self, question: Question, *, measured: bool = False) -> Any:
+        """The answer of all parts. `measured`: what was measured already is an answer."""
+        if not measured and any(prepared is None for prepared in self.prepared):
+            raise StateError(
+                explain(
+                    f"{self.curvature.name} looks at a batch more than once, and the statistics are moments already.",
+                    why="a basis or factors of the state decide what is measured",
+                    options="leave `measure=` out of value_grad_and_stats; or use kronecker() or diagonal()",
+                )
             )
-        )
+        both = zip(self.parts, self.prepared, strict=True)
+        found = [part.moments if prepared is None else question(prepared) for part, prepared in both]
+        return found[0] if len(found) == 1 else pooled(found, self.shares)
 
     @staticmethod
     def _checked(moments: Any) -> tuple[Any, Tensor]:
@@ -159,7 +156,3 @@ def all_finite(tree: PyTree) -> Tensor:
     """Whether all leaves are finite: a 0-dim tensor, so nothing waits for a device."""
     sums = [torch.isfinite(leaf.sum()) for leaf in _tree.leaves(tree)]
     return torch.stack(sums).all() if sums else torch.tensor(True)
-
-
-def _first(frame: Any) -> bool:
-    return isinstance(frame, tuple) and frame == ()

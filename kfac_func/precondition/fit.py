@@ -21,7 +21,7 @@ from kfac_func.estimators.stats import Sharing
 from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
 from kfac_func.precondition.averages import factorized, refreshed
-from kfac_func.precondition.batch import Batch
+from kfac_func.precondition.batch import Observed
 from kfac_func.precondition.rules import curvature_of, met
 from kfac_func.precondition.settings import link
 from kfac_func.precondition.transform import Damping
@@ -77,13 +77,13 @@ def fit_curvature(
     loss, source = _by_example(loss, exact() if estimator is None else estimator)
     run = value_grad_and_stats(fn, loss, estimator=source, sharing=sharing, strict=strict, unclaimed=unclaimed)
 
-    def looks(name: str) -> Iterator[tuple[Batch, Tensor]]:
+    def looks(name: str) -> Iterator[tuple[Observed, Tensor]]:
         """Every batch with its part of all examples so far."""
         total = 0
         for index, batch in enumerate(shown(batches, progress)):
             _, _, stats = run(params, batch, generator=generator)
             assert stats is not None
-            seen = Batch(state, stats)
+            seen = Observed(state, stats)
             total += seen.rules.examples
             yield (
                 _finite(seen, f"{name} of batch {index}"),
@@ -92,7 +92,7 @@ def fit_curvature(
 
     for seen, share in looks("the statistics"):
         state = _met(state, seen)._replace(
-            curvature=own.absorb(state.curvature, seen.look, share.to(state.weight.device)),
+            curvature=own.absorb(state.curvature, seen.batch, share.to(state.weight.device)),
             observed=state.observed + 1,
             weight=state.weight + 1,
         )
@@ -103,7 +103,7 @@ def fit_curvature(
     if own.scales:
         for seen, share in looks("the scalings"):
             state = state._replace(
-                curvature=own.scale(state.curvature, seen.look, share.to(state.weight.device)),
+                curvature=own.scale(state.curvature, seen.batch, share.to(state.weight.device)),
                 scaled=state.scaled + 1,
                 scale_weight=state.scale_weight + 1,
             )
@@ -117,8 +117,8 @@ def _by_example(loss: Loss, estimator: Estimator) -> tuple[Loss, Estimator]:
     return loss._replace(reduction="batchmean"), estimator._replace(own=False)
 
 
-def _met(state: KFacState, batch: Batch) -> KFacState:
-    return state._replace(rules=Static(met(state.rules.value, batch.rules)))
+def _met(state: KFacState, seen: Observed) -> KFacState:
+    return state._replace(rules=Static(met(state.rules.value, seen.rules)))
 
 
 def _whole(state: KFacState, name: str) -> None:
@@ -134,8 +134,8 @@ def _whole(state: KFacState, name: str) -> None:
         )
 
 
-def _finite(batch: Batch, name: str) -> Batch:
-    if readable(batch.finite) and not batch.finite:
+def _finite(seen: Observed, name: str) -> Observed:
+    if readable(seen.finite) and not seen.finite:
         raise StateError(
             explain(
                 f"{name} are not finite.",
@@ -143,4 +143,4 @@ def _finite(batch: Batch, name: str) -> Batch:
                 options="leave such examples out; in training kf.observe counts such batches and goes on",
             )
         )
-    return batch
+    return seen

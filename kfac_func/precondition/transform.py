@@ -18,7 +18,7 @@ from kfac_func.blocks import Thin, pack, unpack
 from kfac_func.curvature import Curvature
 from kfac_func.estimators import Stats
 from kfac_func.precondition.averages import absorbed, factorized, refreshed, scaled
-from kfac_func.precondition.batch import Batch, rows_of, speaking
+from kfac_func.precondition.batch import Observed, rows_of, speaking
 from kfac_func.precondition.periods import refresh_due, scale_due
 from kfac_func.precondition.rules import attached, curvature_of, leaf_damping
 from kfac_func.state import KFacState, Options, Rules, inside, the_one
@@ -85,9 +85,9 @@ def _advanced(
 ) -> KFacState:
     """Averages, refresh, scalings, factorisation: whatever is due, in this order."""
     stats = speaking(stats)
-    batch = None if stats is None else Batch(state, stats)
-    if batch is not None:
-        state = absorbed(state, batch)
+    seen = None if stats is None else Observed(state, stats)
+    if seen is not None:
+        state = absorbed(state, seen)
     if state.curvature == ():
         return state
     first = state.factored == ()
@@ -96,10 +96,10 @@ def _advanced(
     kept = state.factored if some is not None or not due else ()
     if due:
         state = refreshed(state, some)
-    scale = curvature_of(state).scales and batch is not None and (first or scale_due(state, scale))
-    if scale and batch is not None:
-        state = scaled(state, batch)
-    batch = None  # factorisations need the memory of its moments
+    scale = curvature_of(state).scales and seen is not None and (first or scale_due(state, scale))
+    if scale and seen is not None:
+        state = scaled(state, seen)
+    seen = None  # factorisations need the memory of its moments
     return factorized(state, kept, some) if due or scale else state
 
 

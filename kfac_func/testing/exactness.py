@@ -10,7 +10,7 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func.blocks import Block, Kind, pack
-from kfac_func.curvature import Curvature, Structure, blockwise
+from kfac_func.curvature import Batch, Curvature, Structure, blockwise
 from kfac_func.testing.dense import dense_ggn
 from kfac_func.testing.kinds import check_kind
 from kfac_func.testing.regimes import Regime
@@ -106,11 +106,9 @@ def _first_state(curvature: Curvature, blocks: dict[str, Block], damping: dict[s
     """The state after one batch with all periods due."""
     prepared, whole = curvature.prepare(blocks), next(iter(damping.values())).new_ones(())
 
-    def look(frame: Any) -> Any:
-        return curvature.measure(prepared, frame)
-
-    state = curvature.refresh(curvature.absorb((), look, whole), damping, split)
-    return curvature.scale(state, look, whole)
+    batch = Batch(curvature.measure(prepared), lambda question: question(prepared))
+    state = curvature.refresh(curvature.absorb((), batch, whole), damping, split)
+    return curvature.scale(state, batch, whole)
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:

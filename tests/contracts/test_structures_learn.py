@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
 from kfac_func.blocks import Block
+from kfac_func.curvature import Batch
 from tests.contracts.structures import ADVERSARIAL, BLOCKS, DAMPING, ROWS, Row, block_of, fits, shape_of
-from tests.zoo import CASES, absorbed, close, measured, outer, randn, subset, vectors
+from tests.zoo import CASES, absorbed, batch_of, close, measured, outer, randn, subset, vectors
 
 LAMBDA = torch.tensor(DAMPING, dtype=torch.float64)
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -64,7 +66,7 @@ def test_compiles_in_one_graph(row):
 @rows
 def test_moments_are_means_over_examples(row, name):
     """What crosses ranks and micro-batches: the mean of the moments of equal parts is the moments of the whole, in
-    every frame that the structure asks for. Rows that say otherwise do differ.
+    every answer to what the structure asks. Rows that say otherwise do differ.
     """
     case, structure = CASES[name], row.structure
     n, agreed = len(case.targets), []
@@ -72,13 +74,11 @@ def test_moments_are_means_over_examples(row, name):
     for block, whole in measured(case).items():
         if not fits(row, whole):
             continue
-        frames: list[Any] = []
-        absorbed(structure._replace(measure=lambda p, f, frames=frames: _seen(structure, p, f, frames)), whole)
         prepared = structure.prepare(whole)
         others = [structure.prepare(part[block]) for part in parts]
-        for frame in frames[:3]:
-            every = [leaves(structure.measure(other, frame)) for other in others]
-            for wanted, *found in zip(leaves(structure.measure(prepared, frame)), *every, strict=True):
+        for question in _questions(structure, prepared)[:3]:
+            every = [leaves(question(other)) for other in others]
+            for wanted, *found in zip(leaves(question(prepared)), *every, strict=True):
                 if wanted.numel() == 0:
                     continue
                 total = torch.stack(found).sum(0)
@@ -101,9 +101,19 @@ def test_exact_blocks_are_means_over_examples(name):
         assert not close(found, wanted, 1e-3)
 
 
-def _seen(structure: Any, prepared: Any, frame: Any, frames: list[Any]) -> Any:
-    frames.append(frame)
-    return structure.measure(prepared, frame)
+def _questions(s: Any, prepared: Any) -> list[Any]:
+    """What a structure wants to know of its first batch, the moments first."""
+    found, one = [s.measure], torch.ones((), dtype=torch.float64)
+
+    def ask(question: Any) -> Any:
+        found.append(question)
+        return question(prepared)
+
+    batch = Batch(s.measure(prepared), ask)
+    state = s.refresh(s.absorb((), batch, one), LAMBDA, "pi")
+    if s.scale is not None:
+        s.scale(state, batch, one)
+    return found
 
 
 @pairs
@@ -111,13 +121,11 @@ def test_fraction_zero_changes_nothing(row, block):
     """A batch that is not finite arrives as zeros with the fraction 0."""
     s, b = row.structure, block_of(block)
     state = absorbed(s, b)
-    prepared, none = s.prepare(b), torch.zeros((), dtype=torch.float64)
-
-    def look(frame: Any) -> Any:
-        return tree_map(torch.zeros_like, s.measure(prepared, frame))
-
-    after = s.absorb(state, look, none)
-    after = after if s.scale is None else s.scale(after, look, none)
+    seen, none = batch_of(s, b), torch.zeros((), dtype=torch.float64)
+    zeros = partial(tree_map, torch.zeros_like)
+    batch = Batch(zeros(seen.first), lambda question: zeros(seen.ask(question)))
+    after = s.absorb(state, batch, none)
+    after = after if s.scale is None else s.scale(after, batch, none)
     assert all(torch.equal(x, y) for x, y in zip(leaves(state), leaves(after), strict=True))
 
 

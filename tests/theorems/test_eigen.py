@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import kfac_func as kf
-from kfac_func.blocks import Block, densify, mapped, per_example
+from kfac_func.blocks import Block, densify, mapped, per_example, squares
 from tests import oracles
-from tests.zoo import CASES, absorbed, close, kronecker_block, measured, outer, randn
+from tests.zoo import CASES, absorbed, batch_of, close, kronecker_block, measured, outer, randn
 from tests.zoo.cases import labels, weights
 
 EIGEN = kf.curvature.eigen()
@@ -49,7 +49,7 @@ def test_the_wrong_orientation_of_the_bases_is_worse_than_kfac(name, block):
     """The mutation that a published code made: U_G V U_Aᵀ in place of U_Gᵀ V U_A in the scalings."""
     b = measured(CASES[name])[block]
     state = absorbed(EIGEN, b)
-    turned = EIGEN.measure(b, type(state.bases)(*(mapped(lambda u: u.mT, u) for u in state.bases)))
+    turned = squares(b, *(mapped(lambda u: u.mT, u) for u in state.bases))
     wrong = EIGEN.dense(state._replace(scalings=turned))
     assert (outer(b) - wrong).norm() > (outer(b) - kronecker_block(b)).norm()
 
@@ -99,7 +99,7 @@ def test_old_scalings_are_reexpressed_when_the_basis_moves():
     state = absorbed(EIGEN, one)
     before = EIGEN.dense(state)
     damping = torch.tensor(0.1, dtype=torch.float64)
-    moved = EIGEN.refresh(EIGEN.absorb(state, lambda frame: EIGEN.measure(two, frame), damping * 5), damping, "pi")
+    moved = EIGEN.refresh(EIGEN.absorb(state, batch_of(EIGEN, two), damping * 5), damping, "pi")
     u = basis(moved)
     assert close(moved.scalings.flatten(), (u.T @ before @ u).diagonal())
     assert not close(u.abs(), basis(state).abs(), 1e-2)
@@ -111,7 +111,7 @@ def test_averages_are_linear_in_a_fixed_basis():
     for e, wanted in ((EIGEN, (0.75, 0.25)), (kf.curvature.eigen("intra_batch"), (0.0, 1.0))):
         first = absorbed(e, one)
         state = absorbed(e, two, first, 0.25, refresh=False)
-        old, new = (e.measure(b, first.bases) for b in (one, two))
+        old, new = (squares(b, *first.bases) for b in (one, two))
         assert close(state.scalings, wanted[0] * old + wanted[1] * new)
         assert not close(old, new, 1e-2)
 

@@ -13,7 +13,7 @@ import kfac_func as kf
 from kfac_func._errors import StateError
 from kfac_func._tree import leaves, tree_map
 from kfac_func.blocks import per_example
-from kfac_func.precondition.batch import Batch
+from kfac_func.precondition.batch import Observed
 from tests.theorems.test_natural_gradient import EVERYWHERE
 from tests.unit.test_purity import apart, untouched
 from tests.zoo import CASES, Case, close, measured, run, subset
@@ -57,23 +57,26 @@ def scaled(case: Case, by: float) -> Case:
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "tokens", "attention", "tied"])
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_every_look_is_that_at_the_whole_batch(curvature, name):
-    """In every frame that the curvature asks for: moments are means over all examples, rows are all the rows."""
+def test_every_answer_is_that_of_the_whole_batch(curvature, name):
+    """To every question that the curvature has: moments are means over all examples, rows are all the rows."""
     case = CASES[name]
     _, _, stats = run(case)
-    state, frames = kf.kfac(CURVATURES[curvature]).init(case.params), []
+    state, questions = kf.kfac(CURVATURES[curvature]).init(case.params), []
     own = state.rules.value.curvature
 
-    def measure(prepared: Any, frame: Any) -> Any:
-        frames.append(frame)
-        return own.measure(prepared, frame)
+    def noting(batch: Any) -> Any:
+        return batch._replace(ask=lambda question: questions.append(question) or batch.ask(question))
 
-    kf.observe(kf.kfac(own._replace(measure=measure)).init(case.params), stats)
-    whole, parts = Batch(state, stats), Batch(state, parts_of(case, (1, 3)))
-    for frame in frames:
-        for x, y in zip(leaves(whole.look(frame)), leaves(parts.look(frame)), strict=True):
+    noted = own._replace(
+        absorb=lambda old, batch, fraction: own.absorb(old, noting(batch), fraction),
+        scale=lambda old, batch, fraction: own.scale(old, noting(batch), fraction),
+    )
+    kf.observe(kf.kfac(noted).init(case.params), stats)
+    whole, parts = (Observed(state, some).batch for some in (stats, parts_of(case, (1, 3))))
+    for one, two in [(whole.first, parts.first), *((whole.ask(q), parts.ask(q)) for q in questions)]:
+        for x, y in zip(leaves(one), leaves(two), strict=True):
             assert x.numel() == 0 or close(y, x, 1e-10)
-    one = Batch(state, parts_of(case, (1, 3))[-1])
+    one = Observed(state, parts_of(case, (1, 3))[-1]).batch
     assert curvature == "identity" or any(
         x.shape != y.shape or not close(y, x, 1e-3) for x, y in zip(leaves(whole.first), leaves(one.first), strict=True)
     )

@@ -6,6 +6,7 @@ from tests.zoo.cases import functional as functional
 from tests.zoo.cases import randn as randn
 from tests.zoo.cases import subset as subset
 from tests.zoo.run import absorbed as absorbed
+from tests.zoo.run import batch_of as batch_of
 from tests.zoo.run import close as close
 from tests.zoo.run import curvature_of as curvature_of
 from tests.zoo.run import dense_block as dense_block

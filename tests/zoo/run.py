@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kfac_func as kf
 from kfac_func.blocks import Block, Use, per_example
+from kfac_func.curvature import Batch
 from tests import oracles
 from tests.zoo.cases import CASES, Case
 
@@ -62,18 +63,20 @@ def direction(case: Case, *, options: dict[str, Any] | None = None, **kfac: Any)
     return oracles.flat(tx.update(grads, tx.init(case.params), stats=stats)[0])
 
 
+def batch_of(structure: Any, block: Block) -> Batch:
+    """A block as its structure may see it."""
+    prepared = structure.prepare(block)
+    return Batch(structure.measure(prepared), lambda question: question(prepared))
+
+
 def absorbed(structure: Any, block: Block, state: Any = (), fraction: float = 1.0, **moved: Any) -> Any:
     """The state of a structure after one more batch with a refresh, in the order of the library."""
     damping, split = torch.tensor(moved.get("damping", 0.03), dtype=torch.float64), moved.get("split", "pi")
-    prepared, share = structure.prepare(block), torch.tensor(fraction, dtype=torch.float64)
-
-    def look(frame: Any) -> Any:
-        return structure.measure(prepared, frame)
-
-    state = structure.absorb(state, look, share)
+    batch, share = batch_of(structure, block), torch.tensor(fraction, dtype=torch.float64)
+    state = structure.absorb(state, batch, share)
     if moved.get("refresh", True):
         state = structure.refresh(state, damping, split)
-    return state if structure.scale is None else structure.scale(state, look, share)
+    return state if structure.scale is None else structure.scale(state, batch, share)
 
 
 def kronecker_block(block: Block) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 import kfac_func as kf
 from kfac_func.blocks import Block, chunks, pairs
-from kfac_func.blocks.rearranged import Frame, Rearranged, _matrices_are_cheaper, rearranged, seen
+from kfac_func.blocks.rearranged import (
+    Rearranged,
+    _matrices_are_cheaper,
+    output_moment,
+    rearranged,
+    to_inputs,
+    to_outputs,
+)
 from tests.unit.curvature.exact_blocks import BLOCKS, block_of, exact
 from tests.zoo import CASES, close, measured, randn, subset
 
@@ -32,7 +39,7 @@ def check(z: Rearranged, f: Tensor, tolerance: float = 1e-10) -> bool:
     v, u = probes(z)
     forward = torch.einsum("qoipj,qop->qij", f, v.reshape(-1, *v.shape[-2:]))
     adjoint = torch.einsum("qoipj,qij->qop", f, u.reshape(-1, *u.shape[-2:]))
-    found = seen(z, Frame(outputs=v)), seen(z, Frame(inputs=u))
+    found = to_inputs(z, v), to_outputs(z, u)
     return close(found[0], forward.reshape_as(u), tolerance) and close(found[1], adjoint.reshape_as(v), tolerance)
 
 
@@ -40,7 +47,9 @@ def check(z: Rearranged, f: Tensor, tolerance: float = 1e-10) -> bool:
 @pytest.mark.parametrize("budget", [1, 2**24])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products_are_those_of_the_dense_block(name, budget, form, monkeypatch):
-    monkeypatch.setitem(seen.__globals__, "_matrices_are_cheaper", lambda z, _: form and z.rows.left.shape[2] > 1)
+    monkeypatch.setattr(
+        "kfac_func.blocks.rearranged._matrices_are_cheaper", lambda z, _: form and z.rows.left.shape[2] > 1
+    )
     monkeypatch.setitem(chunks.__globals__, "BUDGET", budget)
     block = block_of(name)
     assert check(rearranged(block), exact(block))
@@ -50,7 +59,7 @@ def test_products_are_those_of_the_dense_block(name, budget, form, monkeypatch):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_first_look_is_positive_semi_definite(name):
     z = rearranged(block_of(name))
-    g = seen(z)
+    g = output_moment(z)
     assert g.shape == probes(z)[0].shape
     values = torch.linalg.eigvalsh(g)
     assert values.min() > -1e-12 * values.max()
@@ -67,9 +76,9 @@ def test_products_are_means_over_examples(name):
             continue
         z = rearranged(block)
         v, u = probes(z)
-        for frame in ((), Frame(outputs=v), Frame(inputs=u)):
-            every = [seen(rearranged(part[path]), frame) for part in parts]
-            assert close(torch.stack(every).mean(0), seen(z, frame))
+        for question in (output_moment, lambda z, v=v: to_inputs(z, v), lambda z, u=u: to_outputs(z, u)):
+            every = [question(rearranged(part[path])) for part in parts]
+            assert close(torch.stack(every).mean(0), question(z))
 
 
 def test_the_cheaper_form_is_chosen():
@@ -173,7 +182,7 @@ def test_radius_means_nothing_without_a_map():
     whole = [block_of("several uses"), block_of("positions"), conv_block("uses", sharing="reduce")]
     for block in whole:
         v, _ = probes(rearranged(block))
-        found = [seen(rearranged(block, radius), Frame(outputs=v)) for radius in (0, 1, None)]
+        found = [to_inputs(rearranged(block, radius), v) for radius in (0, 1, None)]
         assert torch.equal(found[0], found[2])
         assert torch.equal(found[1], found[2])
 
@@ -186,4 +195,4 @@ def test_groups_have_a_radius_too():
     near = (place[:, None] - place).abs().amax(-1) <= 1
     met = torch.einsum("vbsqo,qop,vbtqp->vbqst", left, v, left) * near
     wanted = torch.einsum("vbqst,vbsqi,vbtqj->qij", met, right.expand(len(left), *right.shape[1:]), right)
-    assert close(seen(rearranged(block, 1), Frame(outputs=v)), wanted)
+    assert close(to_inputs(rearranged(block, 1), v), wanted)

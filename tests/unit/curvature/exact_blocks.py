@@ -16,7 +16,7 @@ from kfac_func.curvature.kpsvd import kpsvd
 from kfac_func.curvature.lanczos import lanczos
 from kfac_func.linalg.sums import Terms
 from tests.contracts import structures as contracts
-from tests.zoo import CASES, measured, subset
+from tests.zoo import CASES, batch_of, measured, subset
 
 BLOCKS = {k: v for k, v in contracts.BLOCKS.items() if k != "norm"} | {"positions": ("attention", "query")}
 TIGHT = {"iterations": 3000, "tolerance": 1e-13}
@@ -73,8 +73,7 @@ def best(f: Tensor, rank: int) -> Tensor:
 
 
 def absorbed(structure: Structure, block: Block, fraction: float = 1.0, state: Any = ()) -> Any:
-    prepared = structure.prepare(block)
-    return structure.absorb(state, lambda frame: structure.measure(prepared, frame), fraction * ONE)
+    return structure.absorb(state, batch_of(structure, block), fraction * ONE)
 
 
 def rescaled(block: Block, a: float = 1.0, g: float = 1.0) -> Block:

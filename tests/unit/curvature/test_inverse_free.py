@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac_func._tree import tree_map
 from kfac_func.blocks import Diagonal, KroneckerState, densify, merged
-from kfac_func.curvature.base import Structure
+from kfac_func.curvature.base import Batch, Structure
 from kfac_func.curvature.inverse_free import inverse_free
 from tests import oracles
 from tests.contracts.structures import BLOCKS, block_of, shape_of
@@ -37,7 +37,7 @@ def moments_of(o: int = 6, i: int = 9, t: float = 3.0, *, scale: float = 1.0, se
 
 
 def advanced(s: Structure, moments: Any, state: Any = (), *, damping: Any = DAMPING, split: str = "pi", n: int = 1):
-    state = s.absorb(state, lambda frame: moments, torch.tensor(1.0, dtype=torch.float64))
+    state = s.absorb(state, Batch(moments, lambda question: None), torch.tensor(1.0, dtype=torch.float64))
     for _ in range(n):
         state = s.refresh(state, torch.as_tensor(damping, dtype=torch.float64), split)
     return state
@@ -107,7 +107,7 @@ def test_it_follows_slow_statistics_with_one_step_per_refresh():
     state = advanced(s, moments_of())
     stale = operator(state)
     for seed in range(1, 60):
-        state = s.absorb(state, lambda frame, k=seed: moments_of(seed=k), torch.tensor(0.05).double())
+        state = s.absorb(state, Batch(moments_of(seed=seed), lambda question: None), torch.tensor(0.05).double())
         state = s.refresh(state, DAMPING, "pi")
     inverse = _inverse(state.factors)
     assert float((operator(state) - inverse).norm() / inverse.norm()) < 0.02

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
 from kfac_func.blocks import densify
+from kfac_func.curvature import Batch
 from kfac_func.curvature.inverse_free import inverse_free
 from kfac_func.damping import pi_split
 from tests.contracts.structures import ADVERSARIAL, block_of, shape_of
@@ -59,7 +60,7 @@ def test_a_thousand_steps_in_half_precision(steps, options):
     for k in range(steps):
         moments = tree_map(lambda x: x.float(), moments_of(seed=k, scale=jumps[k // 50 % 4], n=12))
         for dtype, s in runs.items():
-            state = s.absorb(states[dtype], lambda frame, m=moments: m, torch.tensor(0.05 if k else 1.0))
+            state = s.absorb(states[dtype], Batch(moments, lambda question: None), torch.tensor(0.05 if k else 1.0))
             states[dtype] = s.refresh(state, torch.tensor(1e-3), "pi")
         half, single = (s.solve(s.factorize(states[d], torch.tensor(1e-3), "pi"), v) for d, s in runs.items())
         assert half.isfinite().all()

@@ -12,7 +12,7 @@ from torch import Tensor
 import kfac_func as kf
 from kfac_func._tree import leaves, tree_map
 from kfac_func.blocks import Use
-from kfac_func.blocks.rearranged import Frame
+from kfac_func.curvature import Batch
 from kfac_func.curvature.corrected import CorrectedState
 from kfac_func.curvature.deflation import deflation
 from kfac_func.linalg.sums import Terms, densified
@@ -67,6 +67,11 @@ def test_a_constant_stream_is_a_fixed_point(name, structure):
     assert close(own.dense(new), own.dense(old), 1e-6)
 
 
+def shown(own: Any, prepared: Any) -> Batch:
+    """What was prepared, as its structure may see it."""
+    return Batch(own.measure(prepared), lambda question: question(prepared))
+
+
 @structures
 def test_a_fraction_of_zero_changes_nothing(make):
     own, (one, two) = make(), halves("linear")
@@ -96,7 +101,7 @@ def test_absorb_is_pure_and_gives_the_same_twice(make):
     own, (one, two) = make(), halves("conv")
     state, prepared = absorbed(own, one), own.prepare(two)
     before, versions = tree_map(torch.clone, (state, prepared)), [x._version for x in leaves((state, prepared))]
-    found = [own.absorb(state, lambda f: own.measure(prepared, f), 0.3 * ONE) for _ in range(2)]
+    found = [own.absorb(state, shown(own, prepared), 0.3 * ONE) for _ in range(2)]
     assert all(map(torch.equal, *map(leaves, found)))
     assert all(map(torch.equal, leaves(before), leaves((state, prepared))))
     assert versions == [x._version for x in leaves((state, prepared))]
@@ -114,32 +119,32 @@ def test_scales_of_inputs_and_gradients_only_scale(name, make):
 
 @structures
 def test_moments_average_over_ranks(make):
-    """Two ranks with half a batch each, whose moments are averaged look by look, have the state of the whole batch."""
+    """Two ranks with half a batch each, whose answers are averaged, have the state of the whole batch."""
     case, path = BLOCKS["conv"]
     whole = measured(subset(CASES[case], 0, 6))[path]
     own = make()
     ranks = [own.prepare(measured(subset(CASES[case], k, k + 3))[path]) for k in (0, 3)]
 
-    def look(frame: Any) -> Any:
-        return tree_map(lambda x, y: (x + y) / 2, *(own.measure(prepared, frame) for prepared in ranks))
+    def mean(question: Any) -> Any:
+        return tree_map(lambda x, y: (x + y) / 2, *map(question, ranks))
 
-    assert close(own.dense(own.absorb((), look, ONE)), own.dense(absorbed(own, whole)), 1e-8)
+    state = own.absorb((), Batch(mean(own.measure), mean), ONE)
+    assert close(own.dense(state), own.dense(absorbed(own, whole)), 1e-8)
 
 
 def test_later_batches_start_where_the_last_one_ended():
-    """A stream that hardly changes needs fewer looks."""
+    """A stream that hardly changes needs fewer questions."""
     own, block, counts = deflation(iterations=50, tolerance=1e-4), block_of("conv"), []
     prepared, state = own.prepare(block), ()
     for fraction in (1.0, 0.1):
-        frames = []
+        questions = []
 
-        def look(frame: Any, frames: list = frames) -> Any:
-            frames.append(frame)
-            return own.measure(prepared, frame)
+        def ask(question: Any, questions: list = questions) -> Any:
+            questions.append(question)
+            return question(prepared)
 
-        state = own.absorb(state, look, fraction * ONE)
-        assert all(isinstance(frame, Frame) for frame in frames[1:])
-        counts.append(len(frames))
+        state = own.absorb(state, Batch(own.measure(prepared), ask), fraction * ONE)
+        counts.append(len(questions))
     assert counts[1] < counts[0] / 2
 
 
@@ -152,7 +157,7 @@ def test_vmap_is_a_loop(name, make):
     vs = torch.stack([randn(*shape_of(state), seed=k) for k in range(3)])
 
     def run(prepared: Any, v: Tensor) -> Tensor:
-        new = own.absorb(state, lambda frame: own.measure(prepared, frame), 0.3 * ONE)
+        new = own.absorb(state, shown(own, prepared), 0.3 * ONE)
         return own.solve(own.factorize(new, DAMPING, "pi"), v)
 
     found = torch.func.vmap(run)(tree_map(lambda *x: torch.stack(x), *prepared), vs)
@@ -227,7 +232,7 @@ def test_one_graph_for_absorb_factorize_and_solve(structure):
     u = randn(*shape_of(state))
 
     def fn(state: Any, prepared: Any, fraction: Tensor, damping: Tensor) -> Tensor:
-        new = own.absorb(state, lambda frame: own.measure(prepared, frame), fraction)
+        new = own.absorb(state, shown(own, prepared), fraction)
         return own.solve(own.factorize(new, damping, "pi"), u)
 
     args = state, prepared, 0.3 * ONE, DAMPING

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, at_least
-from kfac_func.blocks.rearranged import Frame
 from kfac_func.linalg.krylov import Triplet
 from kfac_func.linalg.sums import (
     FLOOR,
@@ -176,23 +175,21 @@ def test_terms_carry_the_root_of_sigma_on_either_side():
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
-def test_averaged_products(lead):
+def test_averaged_products(lead, monkeypatch):
     old, batch = terms(2, 1.0, lead=lead), terms(3, 1.0, seed=7, lead=lead)
     v, u = symmetric(*lead, OUT, OUT, seed=1), symmetric(*lead, IN, IN, seed=2)
 
-    def mapped(sums: Terms, frame: Frame) -> Tensor:
-        x, onto, other = (frame.outputs, *sums) if frame.inputs == () else (frame.inputs, *sums[::-1])
+    def mapped(sums: Terms, x: Tensor) -> Tensor:
+        onto, other = sums if x is v else sums[::-1]
         return sum((b * x).sum((-2, -1), keepdim=True) * a for a, b in zip(onto, other, strict=True))  # pyright: ignore[reportReturnType]
 
-    def look(frame: Frame) -> Tensor:
-        return mapped(batch, frame)
-
+    for name in ("to_inputs", "to_outputs"):
+        monkeypatch.setattr(f"kfac_func.linalg.sums.{name}", mapped)
     f = torch.tensor(0.3, dtype=torch.float64)
     for state in (old, ()):
-        forward, adjoint = averaged(state, look, f)
-        for product, x, frame in ((forward, v, Frame(outputs=v)), (adjoint, u, Frame(inputs=u))):
-            before = 0 if state == () else 0.7 * mapped(old, frame)
-            assert close(product(x), before + 0.3 * mapped(batch, frame))
+        for product, x in zip(averaged(state, lambda question: question(batch), f), (v, u), strict=True):
+            before = 0 if state == () else 0.7 * mapped(old, x)
+            assert close(product(x), before + 0.3 * mapped(batch, x))
 
 
 def test_a_fraction_of_zero_changes_nothing():

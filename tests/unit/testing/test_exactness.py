@@ -103,22 +103,22 @@ def test_the_sizes_of_a_regime_cannot_be_confused():
 K = C.kronecker()
 
 
-def swapped(block, frame=()):
+def swapped(block):
     state = kronecker_state(block)
     return state._replace(a=state.g, g=state.a)
 
 
-def without_positions(block, frame=()):
+def without_positions(block):
     state = kronecker_state(block)
     return state._replace(positions=torch.ones_like(state.positions), kept=torch.ones_like(state.kept))
 
 
-def without_examples(block, frame=()):
+def without_examples(block):
     state = kronecker_state(block)
     return state._replace(g=state.g * block.examples)
 
 
-def without_constant(block, frame=()):
+def without_constant(block):
     state = kronecker_state(block)
     a = densify(state.a).clone()
     a[-1], a[:, -1] = 0, 0
