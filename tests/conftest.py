@@ -14,9 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from jaxtyping import config as checking
-from jaxtyping import install_import_hook
 
-import tests.typechecking  # noqa: F401  the hook finds the checker as an attribute of `tests`
+from tests import typechecking
 
 torch.set_num_threads(1)
 
@@ -29,7 +28,7 @@ def _checked(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Install the hook, unless jaxtyping's own command-line option has done it."""
     if _checked(config) and not config.getoption("jaxtyping_packages", None):
-        install_import_hook("kfac_func", "tests.typechecking.check")
+        typechecking.install("kfac_func")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
