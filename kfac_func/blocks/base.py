@@ -138,7 +138,7 @@ class Use(NamedTuple):
 
 
 class Block(NamedTuple):
-    """All uses of one block in one batch, with the normalisation N and T and the sharing setting."""
+    """All uses of one block in one batch, with the normalisation N and T and the sharing setting (of A and G alone)."""
 
     layout: Layout
     uses: tuple[Use, ...]

@@ -30,8 +30,12 @@ class Pairs(NamedTuple):
     right: Tensor
 
 
-def pairs(block: Block) -> Pairs:
-    """The rows of all uses of a block side by side. Raises StateError when there are no output vectors."""
+def pairs(block: Block, sharing: str = "expand") -> Pairs:
+    """The rows of all uses of a block side by side. Raises StateError when there are no output vectors.
+
+    The sharing of a block is about its factors A and G alone: V_m is the gradient of an example under either. With
+    "reduce" the rows are those of such factors, one per use.
+    """
     if block.uses[0].grads is None:
         raise StateError(
             explain(
@@ -40,7 +44,7 @@ def pairs(block: Block) -> Pairs:
                 options="use monte_carlo(), exact() or empirical(); or kronecker() and diagonal() with forward_only()",
             )
         )
-    sides = [_sides(block, use) if block.layout.matrix else _vector(use) for use in block.uses]
+    sides = [_sides(block, use, sharing) if block.layout.matrix else _vector(use) for use in block.uses]
     if any(use.rule.where is None for use in block.uses):
         sides = [tuple(x.flatten(1, 2).unsqueeze(1) for x in side) for side in sides]
     if len(sides) > 1:
@@ -50,12 +54,13 @@ def pairs(block: Block) -> Pairs:
     return Pairs(left * block.examples**-0.5, right)
 
 
-def pairs_by_example(blocks: dict[str, Block], user: str) -> dict[str, Pairs]:
-    """The rows of all blocks, alike in V and B, so that a column of M is one example of the whole net.
+def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = False) -> dict[str, Pairs]:
+    """The rows of all blocks, alike in V and B, so that a column of M is one example of the whole net; `of_factors`:
+    those that A and G are made of.
 
     Raises StateError, in the name of `user`, for a block without rows of its own for every example.
     """
-    found = {name: pairs(block) for name, block in blocks.items()}
+    found = {name: pairs(block, block.sharing if of_factors else "expand") for name, block in blocks.items()}
     for name, rows in found.items():
         if rows.left.shape[1] != blocks[name].examples:
             raise StateError(
@@ -71,9 +76,9 @@ def pairs_by_example(blocks: dict[str, Block], user: str) -> dict[str, Pairs]:
     return found
 
 
-def _sides(block: Block, use: Use) -> tuple[Tensor, ...]:
-    a = with_constant(input_rows(use, block.sharing), block.layout.bias is not None).unsqueeze(0)
-    g = output_rows(use, block.sharing)
+def _sides(block: Block, use: Use, sharing: str) -> tuple[Tensor, ...]:
+    a = with_constant(input_rows(use, sharing), block.layout.bias is not None).unsqueeze(0)
+    g = output_rows(use, sharing)
     return (a, g) if use.rule.transposed else (g, a)
 
 

@@ -44,7 +44,7 @@ def rearranged(block: Block, radius: int | None = None) -> Rearranged:
 
 def _near(block: Block, radius: int | None) -> list[Tensor]:
     """One mask per image of every use; none where all pairs count."""
-    if radius is None or block.sharing == "reduce":
+    if radius is None:
         return []
     shared = any(use.rule.where is None for use in block.uses)
     maps = [size for use in block.uses for size in _maps(use, shared)]

@@ -80,7 +80,8 @@ def eigen(
                `share` of the columns that has the largest eigenvalues, while the others only stay orthogonal to them.
                Any orthogonal basis gives a valid S, but one that lags behind a fast stream is a worse one. Factors
                below 64 rows are decomposed all the same
-    sua, max_dim, oversize, centred    as in `kronecker`; they decide about A and G, hence about the bases
+    sua, max_dim, oversize, centred    as in `kronecker`; they decide about A and G, hence about the bases, as does the
+               sharing of the statistics: S is that of the examples' gradients under either
 
     At a refresh the old scalings are re-expressed in the new bases, S ← (R_G∘R_G)ᵀ S (R_A∘R_A) with R = U_oldᵀ U_new;
     then the batch at hand, if any, is seen in them. Three periods: A and G at every batch, bases every

@@ -139,7 +139,7 @@ def two_level(
     level = checked(Level(coarse, form, weights, krylov, resample))
 
     def prepare(blocks: dict[str, Block]) -> _Prepared:
-        rows = pairs_by_example(blocks, "two_level()")
+        rows = pairs_by_example(blocks, "two_level()", of_factors=level.space == "tselepidis")
         vectors = () if level.base is None else spanned(level.base, rows, blocks)
         return _Prepared(tree.prepare(blocks), rows, vectors, map_sizes(rows, blocks))
 

@@ -48,8 +48,9 @@ def value_grad_and_stats(
                outputs
     loss       from `kf.losses`; `value` is its value, `grads` the gradient of that value, a tree like `params`
     estimator  where output vectors come from; default `monte_carlo()`, one draw from the model per example
-    sharing    "expand": every shared position (token, pixel) is a row. "reduce": inputs are averaged and gradients
-               summed over positions
+    sharing    of A and G. "expand": every shared position (token, pixel) is a row. "reduce": inputs are averaged and
+               gradients summed over positions. What is exact (diagonals, scalings, exact blocks) takes the gradients of
+               examples under either
     strict     raise UncapturedParameterError when a parameter is used where no layer kind can see it
     unclaimed  "diagonal" or "identity" for such parameters, for all or by path pattern, e.g. {"head.*": "diagonal"}
     measure    reduce the statistics to moments at once (`blockwise(kronecker(), diagonal()).measure`): with

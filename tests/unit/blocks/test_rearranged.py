@@ -179,12 +179,17 @@ def test_a_large_radius_keeps_all_pairs_of_an_image(name):
 
 
 def test_radius_means_nothing_without_a_map():
-    whole = [block_of("several uses"), block_of("positions"), conv_block("uses", sharing="reduce")]
-    for block in whole:
+    for block in (block_of("several uses"), block_of("positions")):
         v, _ = probes(rearranged(block))
         found = [to_inputs(rearranged(block, radius), v) for radius in (0, 1, None)]
         assert torch.equal(found[0], found[2])
         assert torch.equal(found[1], found[2])
+
+
+def test_the_sharing_is_not_in_the_exact_block():
+    one, two = (rearranged(conv_block("uses", sharing=sharing), 1) for sharing in ("reduce", "expand"))
+    v, _ = probes(one)
+    assert torch.equal(to_inputs(one, v), to_inputs(two, v))
 
 
 def test_groups_have_a_radius_too():
