@@ -32,6 +32,10 @@ class HyperparameterError(KFacError, ValueError):
     """An option has a value that has no meaning (a negative damping, an unknown reduction, ...)."""
 
 
+class KeywordError(HyperparameterError, TypeError):
+    """A keyword that nothing takes, such as a misspelt one."""
+
+
 class TreeMismatchError(KFacError, ValueError):
     """Two trees that must have the same structure or leaf shapes do not."""
 

@@ -83,7 +83,8 @@ def compile_step(
             value, grads, found = look(params, batch, noise)
         else:
             value, grads, found = step(params, batch, noise=noise, stats=stats)
-        updates, state = tx.update(grads, state, params, stats=found, refresh=refresh, **extra)
+        told = {"refresh": refresh} if inner else {}
+        updates, state = tx.update(grads, state, params, stats=found, **told, **extra)
         return value, apply_updates(params, updates), state
 
     return train
@@ -94,7 +95,8 @@ def _moved(step: Step, tx: GradientTransformation) -> Train:
 
     def move(params, state, batch, noise, stats, scale, extra):
         value, grads, found = step(params, batch, noise=noise, stats=stats)
-        updates, state = tx.update(grads, state, params, stats=found, refresh=False, scale=scale, **extra)
+        told = {"refresh": False, "scale": scale} if _tree.nodes(state, KFacState) else {}
+        updates, state = tx.update(grads, state, params, stats=found, **told, **extra)
         return value, apply_updates(params, updates), state
 
     return move

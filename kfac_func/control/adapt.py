@@ -20,6 +20,7 @@ from kfac_func.control.quadratic_steps import QuadraticModelState
 from kfac_func.precondition.rules import leaf_damping
 from kfac_func.state import KFacState, inside, map_damping
 from kfac_func.transforms.base import apply_updates, zero_count
+from kfac_func.transforms.keywords import strict
 from kfac_func.transforms.wrappers import with_extra_args_support
 
 
@@ -157,7 +158,7 @@ def adapt_damping(
         before = measure(params) if value is None else value
         return accept(step, proposal, before=before, after=measure(moved))
 
-    return Adaptive(init, update, propose, accept, due)
+    return Adaptive(init, strict(update, link.update), strict(propose, link.update), accept, due)
 
 
 def calibration(model: QuadraticModel, params: PyTree, batch: Any, gradient: PyTree) -> Float[Tensor, ""]:

@@ -21,6 +21,7 @@ from kfac_func.transforms.base import (
     scale_tree,
     zero_count,
 )
+from kfac_func.transforms.keywords import strict
 
 
 class QuadraticModelState(NamedTuple):
@@ -112,7 +113,7 @@ def scale_by_quadratic_model(
             value=form.value,
         )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def _wanted(**extras: object) -> None:

@@ -20,6 +20,7 @@ from kfac_func.transforms.base import (
     scale_tree,
     zero_count,
 )
+from kfac_func.transforms.keywords import strict
 from kfac_func.transforms.masking import opened
 
 
@@ -57,7 +58,7 @@ def ema(decay: Scalar, debias: bool = True) -> GradientTransformation:
         new = EmaState(step, keep_missing(state.ema, average))
         return scale_tree(average, 1 / (1 - decay ** step.to(torch.float64)) if debias else 1.0), new
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 class AverageParamsState(NamedTuple):
@@ -113,7 +114,7 @@ def average_params(decay: Scalar | None = 0.999, start: int = 0) -> GradientTran
         average = keep_missing(state.average, _mixed(weight, moved, state.average))
         return tree_map(torch.clone, updates), AverageParamsState(step, average)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def _mixed(weight: Scalar, new: PyTree, old: PyTree) -> PyTree:

@@ -20,13 +20,15 @@ from torch import Tensor
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
 from kfac_func._tree import leaves_with_paths, storable, tree_map
 from kfac_func._typing import PyTree, Scalar, ScalarOrSchedule
+from kfac_func.transforms.keywords import strict
 
 
 class GradientTransformation(NamedTuple):
     """A pair of pure functions: `init(params) -> state` and `update(updates, state, params=None, ...)`.
 
     The signature is `update(updates, state, params=None, *, stats=None, inplace=False, **extra) -> (updates, state)`.
-    `params` works by position and by keyword, `inplace` is accepted and ignored, unknown extras are swallowed.
+    `params` works by position and by keyword, `inplace` is accepted and ignored. `extra` are the keywords of others
+    in a chain, which are ignored: what `update` takes it names, and what nobody names is refused (KeywordError).
     Source: the optax interface (DeepMind JAX ecosystem, 2020).
 
     >>> tx = identity()
@@ -82,7 +84,7 @@ def stateless(fn: Callable[[PyTree, PyTree], PyTree]) -> GradientTransformation:
         del stats, inplace, extra
         return fn(updates, params), state
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def counted(fn: Callable[[PyTree, PyTree, Tensor], PyTree]) -> GradientTransformation:
@@ -104,7 +106,7 @@ def counted(fn: Callable[[PyTree, PyTree, Tensor], PyTree]) -> GradientTransform
         del stats, inplace, extra
         return fn(updates, params, state.step), CountState(state.step + 1)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

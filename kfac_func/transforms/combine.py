@@ -11,6 +11,7 @@ import torch
 from kfac_func._errors import HyperparameterError, StateError, explain
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, identity
+from kfac_func.transforms.keywords import Names, lenient, named, strict, together
 from kfac_func.transforms.trail import Trail
 
 
@@ -20,13 +21,15 @@ def chain(*members: Any) -> GradientTransformation:
     A member is a GradientTransformation, a chain, or a foreign pair `(init, update)` such as a torchopt transformation
     or an optax-strict one, whose `update(updates, state, params=None)` knows nothing more. Each is passed those
     keywords (`params`, `stats`, `inplace=False`, extras) that its signature accepts, read once, here; a third
-    positional argument under any other name is taken to be the params. The state is the tuple of the members' states.
-    The extra `trail` tells members what entered the chain and what its preconditioner was given (see `Trail`).
+    positional argument under any other name is taken to be the params. A keyword that no member names is refused, as it
+    would be lost; the `**` of a foreign function takes any, that of a GradientTransformation stands for the keywords of
+    others. The state is the tuple of the members' states. The extra `trail` tells members what entered the chain and
+    what its preconditioner was given (see `Trail`).
 
     Members of the class GradientTransformation promise fresh updates. As others do not (momentum in torchopt returns
     its own trace), their updates are copied when they come last.
-    Raises HyperparameterError for a member that is no transformation, StateError for a state that is not of this chain.
-    Source: optax.chain.
+    Raises HyperparameterError for a member that is no transformation, StateError for a state that is not of this chain,
+    KeywordError for a keyword that no member takes.     Source: optax.chain.
 
     >>> import torch
     >>> double = (lambda params: (), lambda updates, state, params=None: (2 * updates, state))
@@ -35,6 +38,12 @@ def chain(*members: Any) -> GradientTransformation:
     >>> updates.tolist(), state
     ([2.0, 2.0], ((), EmptyState()))
     """
+    tx = linked(*members)
+    return tx._replace(update=strict(tx.update))
+
+
+def linked(*members: Any) -> GradientTransformation:
+    """A chain that may be called with every keyword."""
     links = [_link(member, f"member {index}") for index, member in enumerate(members)]
     copy = not links or not isinstance(members[-1], GradientTransformation)
 
@@ -54,7 +63,7 @@ def chain(*members: Any) -> GradientTransformation:
             updates, _ = identity().update(updates, ())
         return updates, tuple(states)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, lenient(update, together(*(link.takes for link in links))))
 
 
 def named_chain(*pairs: Any) -> GradientTransformation:
@@ -77,7 +86,7 @@ def named_chain(*pairs: Any) -> GradientTransformation:
         raise HyperparameterError(
             explain("two members of a chain have the same name.", got=names, wanted="unique names")
         )
-    inner = chain(*(member for _, member in pairs))
+    inner = linked(*(member for _, member in pairs))
 
     def init(params: PyTree) -> dict[str, PyTree]:
         return dict(zip(names, inner.init(params), strict=True))
@@ -89,7 +98,7 @@ def named_chain(*pairs: Any) -> GradientTransformation:
         updates, states = inner.update(updates, states, params, stats=stats, inplace=inplace, **extra)
         return updates, dict(zip(names, states, strict=True))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update, inner.update))
 
 
 def _foreign_state(state: Any, wanted: str) -> str:
@@ -103,10 +112,11 @@ def _foreign_state(state: Any, wanted: str) -> str:
 
 
 class _Link(NamedTuple):
-    """A member as the chain calls it: `update(updates, state, options)`."""
+    """A member as the chain calls it, `update(updates, state, options)`, and the keywords that it takes."""
 
     init: Callable[[PyTree], PyTree]
     update: Callable[[PyTree, PyTree, dict[str, Any]], tuple[PyTree, PyTree]]
+    takes: Names
 
 
 def _pair(member: Any) -> GradientTransformation:
@@ -114,6 +124,7 @@ def _pair(member: Any) -> GradientTransformation:
 
 
 def _link(member: Any, where: str) -> _Link:
+    own = isinstance(member, GradientTransformation)
     if isinstance(member, tuple) and hasattr(member, "init") and hasattr(member, "update"):
         member = _pair(member)
     if not (isinstance(member, tuple) and len(member) == 2 and all(callable(part) for part in member)):
@@ -127,7 +138,7 @@ def _link(member: Any, where: str) -> _Link:
         )
     init, update = member
     if torch.compiler.is_compiling() and isinstance(member, GradientTransformation):  # Dynamo reads no signatures
-        return _Link(init, lambda updates, state, options: update(updates, state, **options))
+        return _Link(init, lambda updates, state, options: update(updates, state, **options), None)
     positional, accepts = _accepted(update, where)
 
     def call(updates: PyTree, state: PyTree, options: dict[str, Any]) -> tuple[PyTree, PyTree]:
@@ -136,7 +147,7 @@ def _link(member: Any, where: str) -> _Link:
             return update(updates, state, options["params"], **keywords)
         return update(updates, state, **keywords)
 
-    return _Link(init, call)
+    return _Link(init, call, named(update, own))
 
 
 _KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

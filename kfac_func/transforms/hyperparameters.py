@@ -14,6 +14,7 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import storable
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, zero_count
+from kfac_func.transforms.keywords import strict
 from kfac_func.transforms.wrappers import with_extra_args_support
 
 
@@ -80,7 +81,7 @@ def inject_hyperparams(
         def build(hyperparams: dict[str, Any]) -> GradientTransformation:
             return with_extra_args_support(factory(**{**arguments, **hyperparams}))
 
-        build(_values(schedules, zero_count()))  # the factory looks at Python numbers, and never into tensors
+        first = build(_values(schedules, zero_count()))  # the factory looks at Python numbers, and never into tensors
 
         def init(params: PyTree) -> InjectHyperparamsState:
             hyperparams = _values(moving, zero_count())
@@ -91,7 +92,7 @@ def inject_hyperparams(
             updates, inner = build(hyperparams).update(updates, state.inner, params, **extra)
             return updates, InjectHyperparamsState(state.step + 1, hyperparams, inner)
 
-        return GradientTransformation(init, update)
+        return GradientTransformation(init, strict(update, first.update))
 
     return injected
 

@@ -20,6 +20,7 @@ from kfac_func._tree import (
 )
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation
+from kfac_func.transforms.keywords import strict
 from kfac_func.transforms.masks import Mask, selected
 from kfac_func.transforms.wrappers import with_extra_args_support
 
@@ -68,7 +69,7 @@ def masked(inner: Any, mask: Mask) -> GradientTransformation:
         rest = tree_map(torch.clone, _only(updates, others))
         return _together(updates, [mine, rest]), MaskedState(closed(new), state.chosen)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update, inner.update))
 
 
 class PartitionState(NamedTuple):
@@ -120,7 +121,7 @@ def partition(transforms: Mapping[str, Any], labels: Labels) -> GradientTransfor
             parts, states = [*parts, part], {**states, label: closed(new)}
         return _together(updates, parts), PartitionState(states, state.labels)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update, *(member.update for member in members.values())))
 
 
 def _labelled(labels: Labels, params: PyTree) -> dict[str, Any]:

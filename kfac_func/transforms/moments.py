@@ -20,6 +20,7 @@ from kfac_func.transforms.base import (
     safe_sqrt,
     zero_count,
 )
+from kfac_func.transforms.keywords import strict
 
 
 class TraceState(NamedTuple):
@@ -53,7 +54,7 @@ def trace(decay: Scalar, nesterov: bool = False) -> GradientTransformation:
         direction = add_scaled(updates, decay, moved) if nesterov else tree_map(torch.clone, moved)
         return direction, TraceState(keep_missing(state.trace, moved))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 class ScaleByAdamState(NamedTuple):
@@ -110,7 +111,7 @@ def scale_by_adam(
         state = ScaleByAdamState(step, keep_missing(state.mu, mu), keep_missing(state.nu, nu))
         return map_updates(direction, updates, mu, nu), state
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def _moving_average(decay: Scalar, average: PyTree, updates: PyTree) -> PyTree:

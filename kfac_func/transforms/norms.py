@@ -19,6 +19,7 @@ from kfac_func.transforms.base import (
     scale_tree,
     zero_count,
 )
+from kfac_func.transforms.keywords import strict
 from kfac_func.transforms.trail import covector_of, tree_vdot
 
 
@@ -74,7 +75,7 @@ def clip_by_kl(max_kl: Scalar, learning_rate: ScalarOrSchedule) -> GradientTrans
         factor = torch.where(inside, 1.0, safe_sqrt(limit / torch.where(inside, 1.0, size)))
         return scale_tree(updates, factor), ClipByKLState(state.step + 1, factor)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def normalize_by_fisher_norm() -> GradientTransformation:
@@ -105,4 +106,4 @@ def normalize_by_fisher_norm() -> GradientTransformation:
         factor = torch.where(idle, 1.0, 1 / torch.where(idle, 1.0, squared).sqrt())
         return scale_tree(updates, factor), FisherNormState(factor)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))

@@ -12,6 +12,7 @@ from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func._tree import leaves, storable
 from kfac_func._typing import PyTree, Scalar
 from kfac_func.transforms.base import GradientTransformation, beside, check_scalar, scale_tree
+from kfac_func.transforms.keywords import strict
 
 
 class ReduceLROnPlateauState(NamedTuple):
@@ -95,7 +96,7 @@ def reduce_on_plateau(
         state = ReduceLROnPlateauState(*(torch.where(full, x, y) for x, y in zip(judged(state), state, strict=True)))
         return scale_tree(updates, state.scale), state
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update))
 
 
 def _number(value: Any, like: Tensor) -> Tensor | float:

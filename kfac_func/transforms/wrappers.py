@@ -13,7 +13,8 @@ from kfac_func._tracing import readable
 from kfac_func._tree import leaves, storable, tree_map, unique_paths, with_leaves
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, keep_missing, map_updates, scale_tree, zero_count
-from kfac_func.transforms.combine import chain
+from kfac_func.transforms.combine import linked
+from kfac_func.transforms.keywords import lenient, strict
 
 
 def with_extra_args_support(inner: Any) -> GradientTransformation:
@@ -25,7 +26,7 @@ def with_extra_args_support(inner: Any) -> GradientTransformation:
     >>> with_extra_args_support(plain).update(torch.ones(2), (), value=1.0)
     (tensor([2., 2.]), ())
     """
-    alone = chain(inner)
+    alone = linked(inner)
 
     def init(params: PyTree) -> PyTree:
         return alone.init(params)[0]
@@ -34,7 +35,7 @@ def with_extra_args_support(inner: Any) -> GradientTransformation:
         updates, (state,) = alone.update(updates, (state,), params, **extra)
         return updates, state
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, lenient(update, getattr(alone.update, "takes", None)))
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -89,7 +90,7 @@ def apply_if_finite(inner: Any, max_consecutive_errors: int) -> GradientTransfor
             _either(applied, new, state.inner),
         )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update, inner.update))
 
 
 def _all_finite(tree: PyTree) -> Bool[Tensor, ""]:
@@ -181,7 +182,7 @@ def multi_steps(inner: Any, every: int) -> GradientTransformation:
         left = keep_missing(state.acc_grads, zeros)
         return updates, MultiStepsState(zero_count(), state.gradient_step + 1, left, (), moved)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, strict(update, inner.update))
 
 
 def _emits(calls: Tensor, every: int, asked: bool | None) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kfac_func import transforms
-from kfac_func._errors import HyperparameterError, StateError, TreeMismatchError
+from kfac_func._errors import HyperparameterError, KeywordError, StateError, TreeMismatchError
 from kfac_func._tree import leaves, replace_leaves, tree_map, unique_paths
 from kfac_func.transforms import (
     adam,
@@ -108,13 +108,15 @@ def test_order_of_keys_does_not_matter(row):
 
 
 @each_row
-def test_params_by_keyword_and_unknown_extras(row):
+def test_params_by_keyword_and_what_every_transformation_takes(row):
     tx = row.make(**row.options)
     _, state = run(row, 1)
     wanted = tx.update(tree(2), state, tree(0), **row.extras(1))
-    extras = {**row.extras(1), "stats": object(), "inplace": True, "refresh": False, "unheard_of": 1}
+    extras = {**row.extras(1), "stats": object(), "inplace": True}
     assert_equal(tx.update(tree(2), state, params=tree(0), **row.extras(1)), wanted)
     assert_equal(tx.update(tree(2), state, tree(0), **extras), wanted)
+    with pytest.raises(KeywordError, match="unheard_of="):
+        tx.update(tree(2), state, tree(0), **extras, unheard_of=1)
 
 
 @each_row

@@ -41,7 +41,8 @@ def test_two_steps_compile(name: str):
 
     def one(params: Any, state: Any) -> Any:
         _, grads, stats = step(params, BATCH, plan=plan)
-        updates, state = tx.update(grads, state, params, stats=stats, batch=BATCH)
+        batch = {} if name == "clip" else {"batch": BATCH}
+        updates, state = tx.update(grads, state, params, stats=stats, **batch)
         return kf.apply_updates(params, updates), state
 
     compiled = torch.compile(one, fullgraph=True, backend="aot_eager")

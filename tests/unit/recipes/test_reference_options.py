@@ -58,8 +58,9 @@ def last(make: Any, **options: Any) -> list[Any]:
     """The last of several updates, on batches that differ."""
     tx: Any = make(**{"learning_rate": 0.1, "damping": 0.1, **options})
     updates, state = GRADS, tx.init(CASE.params)
+    more = {"batch": CASE.batch} if options.get("adaptive") is not None else {}
     for stats in BATCHES:
-        updates, state = tx.update(GRADS, state, CASE.params, stats=stats, batch=CASE.batch)
+        updates, state = tx.update(GRADS, state, CASE.params, stats=stats, **more)
     return leaves(updates)
 
 

@@ -30,9 +30,13 @@ def no_state(params):
     return ()
 
 
+def takes_a_refresh(updates, state, *, refresh):
+    return updates, state
+
+
 def seen_by(update, seen):
     """What reaches a member written as `update`, which reports to the list `seen`."""
-    tx = chain(chain((no_state, update)))
+    tx = chain(chain((no_state, update)), (no_state, takes_a_refresh))
     tx.update(GRADS, tx.init(PARAMS), **CALL)
     return seen.pop()
 

@@ -171,6 +171,6 @@ def test_extras_reach_the_inner_transformation():
 
     tx = chain(inject_hyperparams(factory)(2.0), inject_hyperparams(add_decayed_weights)(0.5))
     one = torch.tensor(1.0)
-    assert tx.update(one, tx.init(one), one, stats=10.0, special=100.0, unknown=1)[0].item() == 112.5
+    assert tx.update(one, tx.init(one), one, stats=10.0, special=100.0)[0].item() == 112.5
     lazy = inject_hyperparams(lambda s: stateless(lambda u, p: u * s))(3.0)
     assert lazy.update(one, lazy.init(one))[0].item() == 3.0

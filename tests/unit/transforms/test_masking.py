@@ -44,7 +44,7 @@ def spy(seen):
 def test_the_inner_transformation_sees_its_leaves_only(mask):
     seen = []
     tx = masked(spy(seen), mask)
-    updates, _ = tx.update(TREE, tx.init(TREE), TREE, stats="s", extra="e", unknown=1)
+    updates, _ = tx.update(TREE, tx.init(TREE), TREE, stats="s", extra="e")
     own = {"head": TREE["head"], "tail": [None, None]}
     params, *got, stats, extra = seen
     for tree in (params, *got):

@@ -94,7 +94,7 @@ def test_stateless_hands_over_the_params():
     tx = stateless(lambda updates, params: (updates, params))
     assert tx.init("p") == EmptyState()
     assert tx.update("u", EmptyState(), "p") == (("u", "p"), EmptyState())
-    assert tx.update("u", EmptyState(), params="p", anything=1) == (("u", "p"), EmptyState())
+    assert tx.update("u", EmptyState(), params="p", stats=1, inplace=True) == (("u", "p"), EmptyState())
     assert tx.update("u", EmptyState())[0] == ("u", None)
 
 

@@ -198,7 +198,7 @@ def test_what_the_inner_transformation_is_passed():
     state = tx.init(one)
     batches = [{"x": T([float(k)])} for k in range(6)]
     for k, stats in enumerate([batches[0], None, batches[2], None, None, None]):
-        _, state = tx.update(one, state, T(float(k)), stats=stats, value=k, unknown=1)
+        _, state = tx.update(one, state, T(float(k)), stats=stats, value=k)
         if stats is not None:
             stats["x"].fill_(-1.0)  # a loader that uses its buffers again
     (stats, value, params), nothing = seen
