@@ -50,6 +50,12 @@ def default(value: Any) -> Callable:
     return closure
 
 
+def wide(width: int) -> Callable:
+    def closure(x: Float[Tensor, "{n}"], n: int = width) -> Float[Tensor, "{n}"]:
+        return x
+    return closure
+
+
 def collect(prefix: str) -> Callable:
     def closure(*xs: int, **named: int) -> dict[str, int]:
         return {prefix + k: v for k, v in named.items()} | {prefix: sum(xs)}
@@ -156,12 +162,14 @@ def test_closures_are_not_mixed_up(load):
 
 
 def test_every_closure_has_its_own_defaults(load):
-    make = load().default
-    assert [make(value)() for value in (1, 2.0, 1.0, 2)] == [1, 2.0, 1.0, 2]
-    assert isinstance(make(1)(), int)
+    module = load()
+    assert [module.default(value)() for value in (1, 2.0, 1.0, 2)] == [1, 2.0, 1.0, 2]
     with red():
-        make("text")()
-    assert make(3)() == 3
+        module.default("text")()
+    for width in (2, 3):
+        assert len(module.wide(width)(torch.ones(width))) == width
+        with red():
+            module.wide(width)(torch.ones(width + 1))
 
 
 def test_keywords_generators_and_local_classes(load):
