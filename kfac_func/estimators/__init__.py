@@ -1,5 +1,6 @@
 """Estimators: sources of output vectors, and the step that turns them into statistics."""
 
+from kfac_func.estimators import storing as storing
 from kfac_func.estimators.statistics import Stats as Stats
 from kfac_func.estimators.statistics import value_grad_and_stats as value_grad_and_stats
 from kfac_func.estimators.vectors import Estimator as Estimator

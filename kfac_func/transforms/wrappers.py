@@ -149,7 +149,8 @@ def multi_steps(inner: Any, every: int) -> GradientTransformation:
     Symbols: k = `every` ≥ 1 calls; u_i the gradients, a None counting as zero (the sum of a leaf that is None at the
     k-th call waits for the next one). `inner` is called at the k-th call only, with the params and extras of that call
     and with `stats=` the tuple of all statistics that came since (None if none came): one batch cut into k parts of
-    one size gives the step of the whole. The state holds copies of the statistics until then: save it after a step.
+    one size gives the step of the whole. The state holds copies of the statistics until then: as large as the
+    activations, where a checkpoint right after a step has none.
 
     Whether a call is the k-th is read from a count on the CPU; where it cannot be (torch.compile, vmap), and for parts
     of uneven number, say `emit=True` or `emit=False` to update; the mean is over the calls that there were.

@@ -6,6 +6,7 @@ z = tanh(layer(params, x)) M. So the layer's inputs are known, and its output gr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_value_and_gradient_are_those_of_plain_differentiation(row):
     for name in grads:
         assert grads[name].abs().max() > 1e-3, "the row is not informative"
         check(got[name], grads[name])
+
+
+@ids
+def test_statistics_can_be_stored(row):
+    _, _, stats = taken(row, rows=True)
+    file = io.BytesIO()
+    torch.save(stats, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded.rules == stats.rules
+    for name, block in stats.blocks().items():
+        again = loaded.blocks()[name]
+        assert [use.rule for use in again.uses] == [use.rule for use in block.uses]
+        assert torch.equal(squares(again), squares(block))
 
 
 @ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kfac_func.transforms import (
     trace,
     tree_get,
 )
-from tests.unit.transforms.problem import PARAMS, close, passed, reloaded, run
+from tests.unit.transforms.problem import FN, PARAMS, X, Y, close, passed, reloaded, run
 
 T = torch.tensor
 NAN, INF = math.nan, math.inf
@@ -182,6 +183,36 @@ def test_micro_batches_of_kfac_are_one_batch():
     close(params, wanted, 1e-9)
     close(state.inner, own, 1e-9)
     assert tree_get(state, "observed").item() == 3
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("estimator", [kf.estimators.exact(), kf.estimators.forward_only()], ids=["exact", "forward"])
+def test_a_run_goes_on_from_a_checkpoint_between_two_calls(at, estimator):
+    tx = multi_steps(chain(kf.kfac(damping=0.1), sgd(0.1, 0.9)), 3)
+    step: Any = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=estimator, rows=True)
+
+    def go_on(start, calls):
+        params, state = start
+        for call in calls:
+            rows = slice(call % 5, call % 5 + 3)
+            _, grads, stats = step(params, (X[rows], Y[rows]))
+            updates, state = tx.update(grads, state, params, stats=stats)
+            params = kf.apply_updates(params, updates)
+        return params, state
+
+    start = PARAMS, tx.init(PARAMS)
+    found = go_on(reloaded(go_on(start, range(at))), range(at, 7))
+    close(found, go_on(start, range(7)), 0)
+
+
+def test_moments_that_are_pending_are_stored_too():
+    measure = kf.curvature.blockwise(kf.curvature.kronecker(), kf.curvature.diagonal()).measure
+    step: Any = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact(), measure=measure)
+    tx = multi_steps(chain(kf.kfac(damping=0.1), sgd(0.1, 0.9)), 2)
+    _, grads, stats = step(PARAMS, (X, Y))
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
+    (wanted, _), (got, _) = (tx.update(grads, one, PARAMS, stats=stats) for one in (state, reloaded(state)))
+    close(got, wanted, 0)
 
 
 def collected(seen):
