@@ -24,7 +24,7 @@ Question = Callable[[Any], Any]
 class Batch(NamedTuple):
     """What a curvature may know of a batch, in however many micro-batches or on however many ranks it lies.
 
-    first    the moments, as `measure` gives them
+    first    the moments, as `measure` gives them; () for a batch that is only asked (by `scale`)
     ask      question -> answer: question(prepared) wherever examples lie, and the mean of those over all examples; rows
              stand side by side
 
@@ -40,7 +40,8 @@ class Batch(NamedTuple):
 
     def of(self, part: Callable[[Any], Any]) -> Batch:
         """A part, of the moments and of what was prepared alike: that of one block, say."""
-        return Batch(part(self.first), self.about(part))
+        asked_only = isinstance(self.first, tuple) and not self.first
+        return Batch(() if asked_only else part(self.first), self.about(part))
 
 
 class Structure(NamedTuple):
@@ -70,6 +71,9 @@ class Structure(NamedTuple):
     spectrum(state, damping, split) -> Spectral  F̂ with its damping, in an eigenbasis: what `solve` inverts. None where
                                                  there is none that is cheaper than that of `dense`
     matrix                                       whether it needs a matrix block
+    summable                                     whether output vectors may come a few at a time: moments and answers
+                                                 add over them (or do not depend on them, like A), `absorb` asks
+                                                 nothing, and no question of `scale` depends on another answer
 
     State, moments and factored are NamedTuples of tensors.
     """
@@ -86,6 +90,7 @@ class Structure(NamedTuple):
     scale: Callable[[Any, Batch, Tensor], Any] | None = None
     thin: bool = False
     spectrum: Callable[[Any, Tensor, str], Spectral] | None = None
+    summable: bool = False
 
 
 class Curvature(NamedTuple):
@@ -108,6 +113,7 @@ class Curvature(NamedTuple):
     costs(state) -> numbers by block name        what a factorisation of each block costs, up to a factor. A curvature
                                                  that has it can do some blocks at a time: `refresh` and `factorize`
                                                  take one more argument then, the names of the blocks that are `due`
+    summable                                     as for `Structure`
     """
 
     name: str
@@ -123,6 +129,7 @@ class Curvature(NamedTuple):
     costs: Callable[[Any], dict[str, int]] | None = None
     thin: Callable[[str], bool] = lambda name: False
     spectra: Callable[..., dict[str, Spectral]] | None = None
+    summable: bool = False
 
 
 def average(state: Any, moments: Any, fraction: Tensor) -> Any:

@@ -159,8 +159,9 @@ def _lifted(name: str, choose: Choice, structures: tuple[Structure, ...]) -> Cur
         return _flat(apart(lambda own, block, thing: _spectrum(own, thing, damping[block], split), state))
 
     scales = any(structure.scale is not None for structure in structures)
+    summable = all(structure.summable for structure in structures)
     every = prepare, measure, absorb, refresh, scale, factorize, solve, dense
-    return Curvature(name, *every, scales, _costs, thin, spectra)
+    return Curvature(name, *every, scales, _costs, thin, spectra, summable)
 
 
 def _spectrum(own: Structure, state: Any, damping: Tensor, split: str) -> Spectral:

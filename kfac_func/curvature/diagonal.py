@@ -60,4 +60,4 @@ def diagonal() -> Structure:
         del split
         return elementwise(state.squares + damping.to(state.squares.dtype))
 
-    return Structure("diagonal", measure, factorize, solve, dense, spectrum=spectrum)
+    return Structure("diagonal", measure, factorize, solve, dense, spectrum=spectrum, summable=True)

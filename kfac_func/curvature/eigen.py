@@ -138,6 +138,7 @@ def eigen(
         scale=scale,
         thin=True,
         spectrum=_spectrum,
+        summable=not centred,
     )
 
 

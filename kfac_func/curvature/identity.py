@@ -46,13 +46,18 @@ def identity() -> Structure:
         return v
 
     def dense(state: IdentityState) -> Tensor:
-        return torch.eye(int(state.size))
+        return torch.eye(_count(state))
 
     def spectrum(state: IdentityState, damping: Tensor, split: str) -> Spectral:
         del damping, split
-        return elementwise(torch.ones(int(state.size), device=state.size.device))
+        return elementwise(torch.ones(_count(state), device=state.size.device))
 
-    return Structure("identity", measure, factorize, solve, dense, spectrum=spectrum)
+    return Structure("identity", measure, factorize, solve, dense, spectrum=spectrum, summable=True)
+
+
+def _count(state: IdentityState) -> int:
+    """The number, which a mean of equal numbers only comes close to."""
+    return round(state.size.item())
 
 
 def _size(block: Block) -> int:

@@ -168,8 +168,8 @@ def inverse_free(
     def spectrum(state: InverseFreeState, damping: Tensor, split: str) -> Spectral:
         return product_spectrum(*merged(state.factors), damping, split)
 
-    every = measure, factorize, solve, dense, True
-    return Structure(f"inverse_free[{options.name}]", *every, absorb=absorb, refresh=refresh, spectrum=spectrum)
+    every, more = (measure, factorize, solve, dense, True), {"absorb": absorb, "refresh": refresh}
+    return Structure(f"inverse_free[{options.name}]", *every, **more, spectrum=spectrum, summable=True)
 
 
 def _check(options: Options) -> None:

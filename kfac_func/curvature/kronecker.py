@@ -73,4 +73,5 @@ def kronecker(
         return product_spectrum(*merged(state), damping, split)
 
     name = f"kronecker[{solver}{kept.name}]"
-    return Structure(name, measure, factorize, solve_product, dense, matrix=True, thin=True, spectrum=spectrum)
+    every = measure, factorize, solve_product, dense
+    return Structure(name, *every, matrix=True, thin=True, spectrum=spectrum, summable=not centred)

@@ -172,7 +172,8 @@ def two_level(
 
     space = coarse if isinstance(coarse, str) else getattr(coarse, "__name__", "function")
     name = f"two_level({tree.name}, {space}{', krylov' * krylov}, {form})"
-    return Curvature(name, prepare, measure, absorb, refresh, scale, factorize, solve, dense, tree.scales)
+    every = prepare, measure, absorb, refresh, scale, factorize, solve, dense
+    return Curvature(name, *every, scales=tree.scales, summable=level.fixed and tree.summable)
 
 
 def _inner(things: Any) -> Any:

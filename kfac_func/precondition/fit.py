@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from kfac_func._errors import BatchError, StateError, explain
 from kfac_func._tracing import readable
 from kfac_func._tree import Static
 from kfac_func._typing import Model, Progress, PyTree, shown
+from kfac_func.blocks import Block
 from kfac_func.capture import Unclaimed, rereadable
-from kfac_func.curvature import Curvature, Structure, eigen
+from kfac_func.curvature import Batch, Curvature, Structure, eigen
+from kfac_func.curvature.base import Question
 from kfac_func.damping import Split
-from kfac_func.estimators import Estimator, exact, value_grad_and_stats
+from kfac_func.estimators import Estimator, exact, forward_only, value_grad_and_stats
 from kfac_func.estimators.stats import Sharing
 from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
@@ -26,6 +29,10 @@ from kfac_func.precondition.rules import curvature_of, met
 from kfac_func.precondition.settings import link
 from kfac_func.precondition.transform import Damping
 from kfac_func.state import KFacState
+
+Measure = Callable[[dict[str, Block]], Any]
+BUDGET = 2**22, 8
+"""What the vectors of one chunk may hold at all layers: bytes, or so many times the bytes of the parameters."""
 
 
 def fit_curvature(
@@ -52,7 +59,11 @@ def fit_curvature(
     batches            (inputs, targets), to be gone through once; twice for `eigen`, whose scalings are measured in
                        the basis of all batches: a list or a loader, no iterator
     curvature          default `eigen()`: EKFAC
-    estimator          default `exact()`; those that draw need a `generator`
+    estimator          default `exact()`; those that draw need a `generator`. One chunk of its vectors is held at a
+                       time, of an `exact()` without `chunk_size` about as many as 4 MB or eight times the parameters
+                       can hold. But all of a batch are held for what needs them together: sums of Kronecker products
+                       (`kpsvd` and its relatives), rows (`block_diagonal`, `full`, coarse spaces that move) and
+                       `centred` factors
     damping, split     as in `kf.kfac`, for `kf.precondition`. The damping is no part of the averages
     progress           wraps the batches, e.g. `tqdm.tqdm`
 
@@ -75,24 +86,29 @@ def fit_curvature(
     if own.scales:
         rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
     loss, source = _by_example(loss, exact() if estimator is None else estimator)
-    run = value_grad_and_stats(fn, loss, estimator=source, sharing=sharing, strict=strict, unclaimed=unclaimed)
+    options: dict[str, Any] = {"sharing": sharing, "strict": strict, "unclaimed": unclaimed}
+    chosen: list[Estimator] = []
 
-    def looks(name: str) -> Iterator[tuple[Observed, Tensor]]:
-        """Every batch with its part of all examples so far."""
-        total = 0
+    def looks(name: str, measure: Measure) -> Iterator[tuple[Observed, Tensor]]:
+        """Every batch with its part of all examples so far; where that is enough, what is measured of it alone."""
+        total, run = 0, None
         for index, batch in enumerate(shown(batches, progress)):
+            if run is None:
+                chosen[:] = chosen or [
+                    _bounded(source, own, params, partial(_numbers, fn, loss, params, batch, options))
+                ]
+                found = measure if own.summable else None
+                run = value_grad_and_stats(fn, loss, estimator=chosen[0], measure=found, **options)
             _, _, stats = run(params, batch, generator=generator)
             assert stats is not None
             seen = Observed(state, stats)
             total += seen.rules.examples
-            yield (
-                _finite(seen, f"{name} of batch {index}"),
-                torch.tensor(seen.rules.examples / total, dtype=torch.float64),
-            )
+            share = torch.tensor(seen.rules.examples / total, dtype=torch.float64, device=state.weight.device)
+            yield _finite(seen, f"{name} of batch {index}"), share
 
-    for seen, share in looks("the statistics"):
+    for seen, share in looks("the statistics", lambda blocks: own.measure(own.prepare(blocks))):
         state = _met(state, seen)._replace(
-            curvature=own.absorb(state.curvature, seen.batch, share.to(state.weight.device)),
+            curvature=own.absorb(state.curvature, seen.batch, share),
             observed=state.observed + 1,
             weight=state.weight + 1,
         )
@@ -101,13 +117,70 @@ def fit_curvature(
         raise BatchError(explain("there is no batch.", options="pass at least one (inputs, targets)"))
     state = refreshed(state)
     if own.scales:
-        for seen, share in looks("the scalings"):
+        for seen, share in looks("the scalings", partial(_answers, own, state.curvature)):
             state = state._replace(
-                curvature=own.scale(state.curvature, seen.batch, share.to(state.weight.device)),
+                curvature=own.scale(state.curvature, _replayed(seen.batch) if own.summable else seen.batch, share),
                 scaled=state.scaled + 1,
                 scale_weight=state.scale_weight + 1,
             )
     return factorized(state)
+
+
+# ------------------------------------------------------------------ a few vectors at a time
+
+
+def _bounded(source: Estimator, own: Curvature, params: PyTree, numbers: Callable[[], int]) -> Estimator:
+    """`exact()` with as many vectors at a time as the budget holds, of so many numbers per example; others as they
+    are.
+    """
+    if source.name != "exact" or not own.summable:
+        return source
+    each, (least, times) = max(1, numbers()), BUDGET
+    budget = max(least, times * sum(leaf.nbytes for leaf in _tree.leaves(params)))
+
+    def sized(loss: Loss, z: Tensor) -> Estimator:
+        whole = source.chunks(loss, z) == 1
+        return exact(max(1, budget // (each * len(z) * z.itemsize))) if whole and len(z) else source
+
+    return source._replace(
+        vectors=lambda loss, z, *more: sized(loss, z).vectors(loss, z, *more),
+        chunks=lambda loss, z: sized(loss, z).chunks(loss, z),
+    )
+
+
+def _numbers(fn: Model, loss: Loss, params: PyTree, batch: Any, options: dict[str, Any]) -> int:
+    """The inputs and outputs of all layers for one example: about what one vector pulls back to."""
+
+    def count(blocks: dict[str, Block]) -> Tensor:
+        uses = [(block, use) for block in blocks.values() for use in block.uses]
+        inputs = [use.inputs.numel() // block.examples for block, use in uses]
+        outputs = [block.layout.groups * use.rule.positions * use.rule.width for block, use in uses]
+        return torch.tensor(sum(inputs) + sum(outputs))
+
+    _, _, stats = value_grad_and_stats(fn, loss, estimator=forward_only(), measure=count, **options)(params, batch)
+    assert stats is not None
+    return int(stats.moments)
+
+
+def _answers(own: Curvature, state: Any, blocks: dict[str, Block]) -> list[Any]:
+    """What a batch answers to all that `scale` asks, in that order."""
+    prepared, found = own.prepare(blocks), []
+
+    def ask(question: Question) -> Any:
+        found.append(question(prepared))
+        return found[-1]
+
+    own.scale(state, Batch((), ask), torch.ones((), dtype=torch.float64))
+    return found
+
+
+def _replayed(batch: Batch) -> Batch:
+    """A batch that has been asked: its answers, in the same order."""
+    answers = iter(batch.first)
+    return Batch((), lambda question: next(answers))
+
+
+# ------------------------------------------------------------------ normalisation and checks
 
 
 def _by_example(loss: Loss, estimator: Estimator) -> tuple[Loss, Estimator]:

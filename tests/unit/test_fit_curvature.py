@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 import kfac_func as kf
 from kfac_func import _tree
-from tests.zoo import CASES, Case, curvature_of, run, subset
+from kfac_func.estimators import Stats
+from tests.zoo import CASES, Case, curvature_of, position_case, run, subset, unclaimed_case
 
 C = kf.curvature
 CURVATURES: dict[str, Any] = {
@@ -78,6 +80,98 @@ def test_a_sum_is_n_times_the_mean(estimator: str):
         options = {"estimator": source, "generator": torch.Generator().manual_seed(0), "curvature": C.kronecker()}
         found.append(dense(case, fit(case._replace(loss=loss), [3, n - 3], **options)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+SUMMABLE: dict[str, Any] = {
+    "kronecker": C.kronecker(),
+    "one-sided, in parts": C.kronecker(sides="input", max_dim=3),
+    "eigen": C.eigen(),
+    "eigen, mean gradient": C.eigen("mean_gradient"),
+    "eigen, intra-batch": C.eigen("intra_batch"),
+    "diagonal": C.diagonal(),
+    "identity": C.identity(),
+    "inverse_free": C.inverse_free(),
+    "by_path": C.by_path({"*first*": C.eigen(), "**": C.kronecker()}),
+    "two_level": C.two_level(C.kronecker()),
+    "two_level of EKFAC": C.two_level(C.eigen(), "tselepidis", form="additive"),
+}
+TOGETHER: dict[str, Any] = {
+    "centred": C.kronecker(centred=True),
+    "centred EKFAC": C.eigen(centred=True),
+    "kpsvd": C.kpsvd(),
+    "deflation": C.deflation(),
+    "corrected": C.corrected(),
+    "lanczos": C.lanczos(),
+    "block_diagonal": C.blockwise(C.block_diagonal(), C.block_diagonal()),
+    "full": C.full(),
+    "coarse space that moves": C.two_level(C.kronecker(), "residual"),
+}
+
+
+def budget(monkeypatch: pytest.MonkeyPatch, size: int, times: int = 0) -> None:
+    monkeypatch.setattr(sys.modules["kfac_func.precondition.fit"], "BUDGET", (size, times))
+
+
+def widest(case: Case, sizes: list[int], monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[kf.KFacState, int]:
+    """A state, and how many vectors of a batch were there at once."""
+    seen, own = [], Stats.blocks
+
+    def blocks(stats: Stats) -> Any:
+        seen.extend(len(g) for g in stats.grads)
+        return own(stats)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stats, "blocks", blocks)
+        return fit(case, sizes, **options), max(seen)
+
+
+@pytest.mark.parametrize("name", SUMMABLE | TOGETHER)
+@pytest.mark.parametrize("net", ["mlp", "tokens", "attention"])
+def test_one_chunk_of_vectors_is_held_at_a_time(name: str, net: str, monkeypatch: pytest.MonkeyPatch):
+    """And the state is that of all of them together; structures that need them together get them together."""
+    if (name, net) in {("by_path", "tokens"), ("by_path", "attention")}:
+        pytest.skip("one net is enough for rules by path")
+    case, curvature = CASES[net], (SUMMABLE | TOGETHER)[name]
+    columns, n = case.loss.columns(case.fn(case.params, case.inputs)), len(case.targets)
+    sizes = [2, n - 2] if name in SUMMABLE else [n]
+    options = {"curvature": curvature, "split": "exact" if name in SUMMABLE and "inverse" not in name else "pi"}
+    budget(monkeypatch, 1)
+    one, most = widest(case, sizes, monkeypatch, **options)
+    assert most == (1 if name in SUMMABLE else columns)
+    if name in TOGETHER:
+        return
+    budget(monkeypatch, 2**40)
+    whole, all_of_them = widest(case, sizes, monkeypatch, **options)
+    assert all_of_them == columns
+    for estimator, count in ((kf.estimators.exact(2), 2), (kf.estimators.exact(columns), columns)):
+        _, most = widest(case, sizes, monkeypatch, estimator=estimator, **options)
+        assert most == count
+    own = whole.rules.value.curvature
+    for path, wanted in own.dense(whole.curvature).items():
+        torch.testing.assert_close(own.dense(one.curvature)[path], wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_the_budget_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    """So many of three columns: 8 bytes for each of the 4 + 6 + 6 + 3 numbers of 8 examples."""
+    case, sizes = CASES["mlp"], [8]
+    assert case.loss.columns(case.fn(case.params, case.inputs)) == 3
+    for columns, most in ((1, 1), (2, 2), (3, 3)):
+        budget(monkeypatch, columns * 8 * 8 * (4 + 6 + 6 + 3) + 7)
+        assert widest(case, sizes, monkeypatch)[1] == most
+    budget(monkeypatch, 1, times=10)
+    assert widest(case, sizes, monkeypatch)[1] == 3
+
+
+@pytest.mark.parametrize("make", [position_case, unclaimed_case])
+def test_random_signs_are_those_of_all_chunks(make: Any, monkeypatch: pytest.MonkeyPatch):
+    case, found = make(), []
+    policy = "diagonal" if make is unclaimed_case else None
+    for size in (1, 2**40):
+        budget(monkeypatch, size)
+        found.append(fit(case, [1, 2], generator=torch.Generator().manual_seed(0), unclaimed=policy))
+    one, two = (state.rules.value.curvature.dense(state.curvature) for state in found)
+    for path, wanted in two.items():
+        torch.testing.assert_close(one[path], wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_progress_wraps_every_pass():
