@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,7 +36,9 @@ class Subject(NamedTuple):
         return s.solve(s.factorize(self.state, torch.tensor(damping, dtype=torch.float64), self.split), v)
 
 
-def _subject(row: Row, block: Block, split: str) -> Subject:
+@cache
+def _subject(row: Row, name: str, split: str) -> Subject:
+    block = block_of(name)
     state = absorbed(row.structure, block, damping=DAMPING, split=split)
     return Subject(row.structure, block, state, split, lambda damping: row.matrix(state, damping, split))
 
@@ -127,7 +130,7 @@ def _contracts() -> list:
 
 @pytest.mark.parametrize(("row", "block", "split", "contract"), _contracts())
 def test_contract(row, block, split, contract):
-    contract(_subject(row, block_of(block), split))
+    contract(_subject(row, block, split))
 
 
 # ------------------------------------------------------------------ mutants: every contract can turn red
@@ -188,7 +191,7 @@ MUTANTS: dict[str, tuple] = {
 @pytest.mark.parametrize("split", ["pi", "none", "exact"])
 @pytest.mark.parametrize(("contract", "structure", "change"), MUTANTS.values(), ids=MUTANTS)
 def test_mutants_turn_their_contract_red(contract, structure, change, split):
-    subject = _subject(ROWS["kronecker"], block_of("conv"), split)
+    subject = _subject(ROWS["kronecker"], "conv", split)
     contract(subject)
     mutant = subject._replace(structure=structure)
     mutant = mutant if change is None else mutant._replace(state=change(subject.state))
