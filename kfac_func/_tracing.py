@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,10 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def readable(x: Tensor) -> bool:
@@ -25,12 +32,16 @@ def readable(x: Tensor) -> bool:
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether Python may ask for the value and gets it at once: readable, and nothing waits for a device.
+    """Whether Python may ask for the value and gets it at once: readable, no stand-in of a tracer, and nothing waits
+    for a device.
 
     >>> at_hand(torch.tensor(1.0))
     True
     """
-    return x.device.type == "cpu" and readable(x)
+    return readable(x) and x.device.type == "cpu" and type(x) in _PLAIN and not is_in_torch_dispatch_mode()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def untouched(x: Tensor) -> bool:
@@ -82,3 +93,43 @@ def plain(x: Tensor) -> Tensor:
             x = get_unwrapped(x)
             x = x.select(dim, 0) if dim >= 0 else x
         return x.detach()
+
+
+def settled(x: Tensor) -> Tensor:
+    """A parameter of a module as plain numbers, so that no step hangs on it; what was computed keeps its history.
+
+    >>> settled(torch.nn.Parameter(torch.ones(1)))
+    tensor([1.])
+    """
+    return x.detach() if readable(x) and x.requires_grad and x.is_leaf else x
+
+
+def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+    """The function in the precision of its arguments, whatever autocast there is around it.
+
+    >>> with torch.autocast("cpu"):
+    ...     without_autocast(torch.mm)(torch.ones(1, 1), torch.ones(1, 1)).dtype
+    torch.float32
+    """
+
+    @functools.wraps(fn)
+    def plainly(*args: P.args, **kwargs: P.kwargs) -> R:
+        around = () if torch.compiler.is_compiling() else ("cpu", "cuda")
+        if not any(map(torch.is_autocast_enabled, around)):
+            return fn(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, around):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return fn(*args, **kwargs)
+
+    return plainly
+
+
+def legible(x: Tensor) -> Tensor | None:
+    """The numbers of a tensor under transforms, as `plain`, where they are at hand; else None.
+
+    >>> legible(torch.tensor(1.0))
+    tensor(1.)
+    """
+    found = None if torch.compiler.is_compiling() else plain(x)
+    return found if found is not None and at_hand(found) else None
