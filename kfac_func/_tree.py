@@ -10,8 +10,10 @@ Dynamo cannot trace optree on every container, so under torch.compile the same f
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import optree
@@ -42,6 +44,7 @@ class Static(Generic[T]):
         return f"Static({self.value!r})"
 
 
+OWN = "kfac_func"  # the namespace of classes that are looked into
 _optree: Any = optree  # its annotations ask a node class to be iterable, which one without children need not be
 _optree.register_pytree_node(
     Static, lambda node: ((), node, ()), lambda node, _: node, namespace=_optree.registry.__GLOBAL_NAMESPACE
@@ -71,6 +74,9 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
         return list(zip(node._fields, node, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(node, (tuple, list)):
         return list(enumerate(node))
+    if isinstance(node, Mapping) or _is_dataclass(node):
+        children, names, _ = _open_mapping(node) if isinstance(node, Mapping) else _open_dataclass(node)
+        return list(zip(names, children, strict=True))
     return None
 
 
@@ -79,6 +85,8 @@ def _rebuilt(node: Any, new: dict[Any, Any]) -> Any:
         return type(node)((key, new[key]) for key in node)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node)(*new.values())
+    if isinstance(node, Mapping) or _is_dataclass(node):
+        return _closed(type(node), tuple(new), tuple(new.values()))
     return node if node is None or isinstance(node, Static) else type(node)(new.values())
 
 
@@ -102,14 +110,14 @@ def leaves(tree: PyTree) -> list[Any]:
     """The leaves of a tree, without the None ones."""
     if torch.compiler.is_compiling():
         return [leaf.value for leaf in _traced_leaves(tree)]
-    return optree.tree_leaves(tree)
+    return optree.tree_leaves(tree, namespace=OWN)
 
 
 def leaves_with_paths(tree: PyTree) -> list[Leaf]:
     """The leaves of a tree with their dotted paths (dict keys, field names, indices), without the None ones."""
     if torch.compiler.is_compiling():
         return _traced_leaves(tree)
-    accessors, values, _ = optree.tree_flatten_with_accessor(tree)
+    accessors, values, _ = optree.tree_flatten_with_accessor(tree, namespace=OWN)
     return [Leaf(_dotted(accessor), value) for accessor, value in zip(accessors, values, strict=True)]
 
 
@@ -125,7 +133,7 @@ def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """
     if torch.compiler.is_compiling():
         return _traced_map(fn, tree, *rest)
-    values, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    values, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=OWN)
     others = [_flatten_like(spec, tree, other) for other in rest]
     return spec.unflatten(
         [None if value is None else fn(value, *more) for value, *more in zip(values, *others, strict=True)]
@@ -160,7 +168,7 @@ def _other_rules(tree: PyTree, other: PyTree) -> str:
     """The path of the first `Static` node that differs."""
     found = []
     for one in (tree, other):
-        accessors, values, _ = optree.tree_flatten_with_accessor(one, is_leaf=lambda x: isinstance(x, Static))
+        accessors, values, _ = optree.tree_flatten_with_accessor(one, is_leaf=lambda x: isinstance(x, Static), namespace=OWN)
         found.append([(_dotted(a), v) for a, v in zip(accessors, values, strict=True) if isinstance(v, Static)])
     return next((path for (path, one), (_, two) in zip(*found, strict=False) if one != two), "")
 
@@ -209,7 +217,7 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
     `unravel` restores shapes and dtypes, so that `unravel(ravel(tree)[0])` equals the tree (None stays None).
     Mixed dtypes are promoted in the vector. Raises TreeMismatchError when a vector of another length is unravelled.
     """
-    values, spec = optree.tree_flatten(tree)
+    values, spec = optree.tree_flatten(tree, namespace=OWN)
     shapes = [value.shape for value in values]
     dtypes = [value.dtype for value in values]
     sizes = [value.numel() for value in values]
@@ -233,7 +241,7 @@ def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:
     if torch.compiler.is_compiling():
         remaining = list(values)[::-1]
         return _traced_map(lambda _: remaining.pop(), tree)
-    return optree.tree_structure(tree).unflatten(values)
+    return optree.tree_structure(tree, namespace=OWN).unflatten(values)
 
 
 def map_nodes(fn: Callable[[Any], Any], tree: PyTree, kind: type) -> PyTree:
@@ -243,11 +251,62 @@ def map_nodes(fn: Callable[[Any], Any], tree: PyTree, kind: type) -> PyTree:
             return fn(tree)
         children = _children(tree)
         return tree if children is None else _rebuilt(tree, {key: map_nodes(fn, x, kind) for key, x in children})
-    return optree.tree_map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
+    return optree.tree_map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN)
 
 
 def nodes(tree: PyTree, kind: type[T]) -> list[T]:
     """Every node of the given type."""
     if torch.compiler.is_compiling():
         return [tree] if isinstance(tree, kind) else [x for _, y in _children(tree) or [] for x in nodes(y, kind)]
-    return [x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]
+    return [x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN) if isinstance(x, kind)]
+
+
+def broadcast(prefix: PyTree, tree: PyTree) -> list[Any]:
+    """For every leaf of a tree the value of the leaf of `prefix` that stands for it, None being a value. Raises
+    TreeMismatchError when `prefix` is none.
+
+    >>> broadcast((0, None), ({"a": 1, "b": 2}, 3))
+    [0, 0, None]
+    """
+    try:
+        found = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=OWN)
+    except ValueError as error:
+        raise TreeMismatchError(mismatch(tree, prefix)) from error
+    values = optree.tree_leaves(tree, none_is_leaf=True, namespace=OWN)
+    return [own for own, value in zip(found, values, strict=True) if value is not None]
+
+
+def know(tree: PyTree) -> None:
+    """Look into mappings and dataclasses of any class as well (a batch of a tokenizer, say), here and from now on.
+
+    >>> from types import MappingProxyType
+    >>> know(MappingProxyType({"a": 1}))
+    >>> leaves(MappingProxyType({"a": 1}))
+    [1]
+    """
+    while kinds := {type(leaf) for leaf in leaves(tree) if isinstance(leaf, Mapping) or _is_dataclass(leaf)}:
+        for kind in kinds:
+            flatten = _open_mapping if issubclass(kind, Mapping) else _open_dataclass
+            _optree.register_pytree_node(kind, flatten, partial(_closed, kind), namespace=OWN)
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _open_mapping(node: Any) -> tuple:
+    return tuple(node.values()), tuple(node), tuple(node)
+
+
+def _open_dataclass(node: Any) -> tuple:
+    names = tuple(field.name for field in dataclasses.fields(node))
+    return tuple(getattr(node, name) for name in names), names, names
+
+
+def _closed(kind: Any, names: tuple[str, ...], children: tuple[Any, ...]) -> Any:
+    if issubclass(kind, Mapping):
+        return kind(dict(zip(names, children, strict=True)))
+    node = object.__new__(kind)
+    for name, child in zip(names, children, strict=True):
+        object.__setattr__(node, name, child)
+    return node

@@ -1,33 +1,141 @@
-"""Where the examples of a batch are: in the inputs, and in the output of every use."""
+"""Where the examples of a batch are, and how to take some of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import BatchError, CaptureError, HyperparameterError, explain
-from kfac_func._tracing import readable
+from kfac_func._errors import BatchError, HyperparameterError, explain
+from kfac_func._tracing import plain
 from kfac_func.blocks import Where
-from kfac_func.capture.grouping import owner
 from kfac_func.layers import Found
 
 
-def batch_size(inputs: Any) -> int:
-    """N: the first dimension of the first tensor of the inputs. Raises BatchError when there is none or it is 0."""
-    tensors = [leaf for leaf in _tree.leaves(inputs) if isinstance(leaf, Tensor)]
-    if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
+class Cut(NamedTuple):
+    """The dimension of every leaf of the inputs that counts the examples; None for a leaf that goes along whole.
+
+    >>> cut = Cut((0, None))
+    >>> x, table = torch.arange(4), torch.ones(4)
+    >>> cut.count((x, table)), cut.part((x, table), 1, 3)[0]
+    (4, tensor([1, 2]))
+    """
+
+    dims: tuple[int | None, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is cut: the examples are those of the outputs."""
+        return all(dim is None for dim in self.dims)
+
+    def count(self, inputs: Any) -> int:
+        """N. Raises BatchError when the inputs do not agree about it."""
+        sizes = {
+            leaf.path or "inputs": leaf.value.shape[dim]
+            for leaf, dim in zip(_tree.leaves_with_paths(inputs), self.dims, strict=True)
+            if dim is not None
+        }
+        found = set(sizes.values())
+        if len(found) != 1:
+            raise BatchError(
+                explain(
+                    "the inputs do not have the same number of examples.",
+                    got=", ".join(f"{path!r}: {size}" for path, size in sizes.items()),
+                    options="kf.batched(fn, shared=...) names inputs without examples, in_dims= other dimensions",
+                )
+            )
+        return found.pop()
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """The examples start … stop − 1."""
+        return self._each(inputs, lambda leaf, dim: leaf[(slice(None),) * dim + (slice(start, stop),)])
+
+    def pick(self, inputs: Any, places: Sequence[tuple[int, int]]) -> Any:
+        """The examples at some places, as copies: (n, k) is example n, and for k > 0 another one that is like it."""
+
+        def picked(leaf: Tensor, dim: int) -> Tensor:
+            return torch.stack([_varied(leaf.select(dim, n), k) for n, k in places], dim)
+
+        return self._each(inputs, picked, torch.clone)
+
+    def _each(
+        self, inputs: Any, fn: Callable[[Tensor, int], Tensor], other: Callable[[Tensor], Tensor] | None = None
+    ) -> Any:
+        def one(leaf: Any, dim: int | None) -> Any:
+            if dim is not None:
+                return fn(leaf, dim)
+            return other(leaf) if other is not None and isinstance(leaf, Tensor) else leaf
+
+        leaves = _tree.leaves(inputs)
+        return _tree.with_leaves(inputs, [one(*each) for each in zip(leaves, self.dims, strict=True)])
+
+
+def _varied(x: Tensor, k: int) -> Tensor:
+    """Another example in the range of this one: its entries moved on by k places, floating ones a little smaller."""
+    if k == 0:
+        return x
+    moved = x.flatten().roll(k).reshape(x.shape)
+    return moved * (1 - k / 16) if x.is_floating_point() else moved
+
+
+class Drawn(NamedTuple):
+    """A few examples of a batch: two, three, and three of which the last is another one."""
+
+    two: Any
+    three: Any
+    other: Any
+
+
+def drawn(cut: Cut, inputs: Any) -> Drawn:
+    """The examples that plans are made with. They are never in the order of the batch, nor sorted by anything in both
+    `two` and `three`: what a model does with the order of its examples shows.
+    """
+    if cut.whole:
+        return Drawn(*(cut.pick(inputs, ()) for _ in range(3)))
+    count = cut.count(inputs)
+    if count == 1:
+        places = [(0, 0), (0, 1), (0, 2), (0, 3)]
+    elif count == 2:
+        places = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    else:
+        low, middle, high = _spread(cut, inputs, count)
+        rest = next((n for n in range(count) if n not in (low, middle, high)), None)
+        places = [(low, 0), (middle, 0), (high, 0), (low, 1) if rest is None else (rest, 0)]
+    low, middle, high, other = places
+    taken = (low, middle), (middle, low, high), (middle, low, other)
+    return Drawn(*(cut.pick(inputs, each) for each in taken))
+
+
+def _spread(cut: Cut, inputs: Any, count: int) -> tuple[int, int, int]:
+    """Three places that differ in how much there is of an example (a length, tokens that are not 0), if any does."""
+    for leaf, dim in zip(_tree.leaves(inputs), cut.dims, strict=True):
+        if dim is None or leaf.is_floating_point():
+            continue
+        rows = plain(leaf.movedim(dim, 0)).reshape(count, -1)
+        amount = rows.sum(1) if rows.shape[1] == 1 else (rows != 0).sum(1)
+        order = amount.argsort().tolist()
+        if int(amount[order[0]]) != int(amount[order[-1]]):
+            return order[0], order[count // 2], order[-1]
+    first, second, third = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:3].sort()[0].tolist()
+    return first, second, third
+
+
+def not_empty(inputs: Any) -> None:
+    """Raise BatchError for inputs without a tensor that could hold examples, and for a batch of none."""
+    tensors = [leaf for leaf in _tree.leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    empty = [list(leaf.shape) for leaf in tensors if leaf.shape[0] == 0]
+    if not tensors or empty:
         raise BatchError(
             explain(
                 "the batch has no examples.",
-                got=f"inputs {list(tensors[0].shape)}" if tensors else "inputs without a tensor",
+                got=f"inputs {empty[0]}" if empty else "inputs without a tensor of one dimension or more",
                 wanted="tensors with the examples in the first dimension, at least one",
+                options=None if empty else "kf.batched(fn, whole=True) for a model whose inputs are not cut",
             )
         )
-    return tensors[0].shape[0]
 
 
 def check_examples(outputs: Tensor, count: int) -> None:
@@ -58,63 +166,12 @@ def rereadable(batches: Iterable[Any], why: str) -> None:
         )
 
 
-def examples(inputs: Any, count: int, wanted: int) -> Any:
-    """The first example of a batch, or the first two (the first one twice in a batch of one)."""
-
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != count:
-            return leaf
-        return leaf[:wanted].clone() if count >= wanted else torch.cat([leaf[:1]] * wanted)
-
-    return _tree.tree_map(take, inputs)
-
-
-def where_examples(one: Found, two: Found) -> Where | None:
-    a, b = one.output.shape, two.output.shape
-    grown = [d for d in range(len(a)) if a[d] != b[d]]
-    if not grown:
-        if one.kind.name in ("group_norm", "batch_norm"):
-            raise CaptureError(
-                explain(
-                    f"the input of {one.kind.name} with {owner(one)!r} is the same for all examples.",
-                    why="its channels and its examples cannot be told apart",
-                    options=f"unclaimed={{{owner(one)!r}: 'diagonal'}}",
-                )
-            )
+def where_examples(two: Found, three: Found) -> Where | None | str:
+    """Where the examples are in the output of a use, None for a use without them; or in words why they are nowhere."""
+    a, b = two.output.shape, three.output.shape
+    grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
+    if len(a) == len(b) and not grown:
         return None
-    if len(a) == len(b) and len(grown) == 1 and b[grown[0]] == 2 * a[grown[0]]:
-        if _interleaved(one.inputs, two.inputs, grown[0], a[grown[0]]):
-            raise CaptureError(
-                explain(
-                    f"the examples are interleaved in the input of {one.kind.name} with {owner(one)!r}.",
-                    got="consecutive rows belong to different examples (positions first, then examples)",
-                    wanted="a dimension of their own for the examples, or all rows of one example together",
-                    options="flatten [examples, positions, ...], not [positions, examples, ...]; or do not flatten",
-                )
-            )
-        return Where(grown[0], a[grown[0]])
-    raise CaptureError(
-        explain(
-            f"the examples cannot be found in the output of {one.kind.name} with {owner(one)!r}.",
-            got=f"{list(a)} for one example, {list(b)} for two",
-            wanted="one dimension that is proportional to the number of examples",
-            options="keep the examples in one dimension; or leave the parameter unclaimed",
-        )
-    )
-
-
-def _interleaved(one: Tensor, two: Tensor, dim: int, fold: int) -> bool:
-    """Whether the rows of the first example lie apart in a batch of two. Not asked of traced tensors.
-
-    `one` and `two` are a use's inputs for one and two examples. The rows of an example are together in (2, f), apart
-    in (r, 2, f/r) for any r > 1 that divides f; whichever is nearest to the rows for one example is what happened.
-    """
-    if fold == 1 or one.shape[dim] != fold or not readable(two):
-        return False
-    own, both = one.movedim(dim, 0).double(), two.movedim(dim, 0).double()
-
-    def distance(r: int) -> Tensor:
-        return (both.unflatten(0, (r, 2, fold // r))[:, 0].flatten(0, 1) - own).norm()
-
-    together = distance(1)
-    return any(bool(distance(r) < together) for r in range(2, fold + 1) if fold % r == 0)
+    if len(grown) == 1 and a[grown[0]] % 2 == 0 and 2 * b[grown[0]] == 3 * a[grown[0]]:
+        return Where(grown[0], a[grown[0]] // 2)
+    return f"whose examples cannot be found: {list(a)} for two examples, {list(b)} for three"

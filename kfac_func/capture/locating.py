@@ -1,0 +1,119 @@
+"""Finding the examples of the inputs: the model is asked, and the lengths of its inputs alone decide nothing.
+
+A leaf holds examples if the model runs on two and on three of its rows, its outputs then have two and three rows, and
+another third row leaves the outputs of the first two as they are. Among the ways to cut that pass, one of the last kind
+goes first: a table that happens to be as long as the batch would make examples see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import BatchError, KFacError, explain
+from kfac_func._patterns import useful
+from kfac_func._tracing import plain
+from kfac_func.capture.batched import Batched, tensor_of
+from kfac_func.capture.examples import Cut, Drawn, drawn, not_empty
+
+TRIES = 32  # ways to cut the inputs that are tried
+
+
+class Located(NamedTuple):
+    """Where the examples are, some of them, and whether an example's output leaves out all other examples."""
+
+    cut: Cut
+    drawn: Drawn
+    apart: bool
+
+
+def located(rules: Batched, inputs: Any, run: Callable[[Any], Any]) -> Located:
+    """Where the examples of the inputs are. `run` is the model at its parameters, with the same random numbers in every
+    call.
+
+    Raises BatchError when there are none, or no way to cut the inputs fits what the model does; what the model raises,
+    when it does not run on the batch itself either.
+    """
+    leaves = _tree.leaves_with_paths(inputs)
+    if rules.whole:
+        cut = Cut((None,) * len(leaves))
+        return Located(cut, drawn(cut, inputs), True)
+    not_empty(inputs)
+    mixed, failure = None, None
+    for cut in _ways(rules, inputs, leaves):
+        found = _tried(cut, inputs, run)
+        if isinstance(found, Located) and found.apart:
+            return found
+        if isinstance(found, Located):
+            mixed = mixed or found
+        else:
+            failure = failure or found
+    if mixed is not None:
+        return mixed
+    run(inputs)
+    raise BatchError(_nowhere(leaves, failure)) from (failure if isinstance(failure, Exception) else None)
+
+
+def _ways(rules: Batched, inputs: Any, leaves: list[_tree.Leaf]) -> Iterator[Cut]:
+    """All ways to cut that are worth a try, those that cut most leaves first."""
+    tensors = {k: leaf.value for k, leaf in enumerate(leaves) if isinstance(leaf.value, Tensor) and leaf.value.ndim}
+    paths = [leaf.path for leaf in leaves]
+    useful(rules.shared, paths, "shared")
+    if rules.in_dims != 0 or rules.shared:
+        dims = _tree.broadcast(rules.in_dims, inputs)
+        shared = {k for k, path in enumerate(paths) if any(fnmatchcase(path, pattern) for pattern in rules.shared)}
+        yield Cut(tuple(dims[k] if k in tensors and k not in shared else None for k in range(len(leaves))))
+        return
+    count = 0
+    for size in dict.fromkeys(leaf.shape[0] for leaf in tensors.values()):
+        alike = [k for k, leaf in tensors.items() if leaf.shape[0] == size]
+        for some in (some for n in range(len(alike), 0, -1) for some in combinations(alike, n)):
+            count += 1
+            if count <= TRIES or len(some) == 1:
+                yield Cut(tuple(0 if k in some else None for k in range(len(leaves))))
+
+
+def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Exception | str:
+    """The cut with what the model says of it; or why it is none."""
+    if cut.whole or cut.count(inputs) == 0:
+        return "no leaf of the inputs is cut"
+    some = drawn(cut, inputs)
+    try:
+        with torch.no_grad():
+            three, other, two = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two))
+    except KFacError:
+        raise
+    except Exception as error:
+        return error
+    for z, n in ((two, 2), (three, 3), (other, 3)):
+        if z.ndim == 0 or z.shape[0] != n:
+            return f"outputs {list(z.shape)} for {n} examples"
+    return Located(cut, some, _equal(three[:2], other[:2]))
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Up to rounding, which may depend on what else is computed."""
+    if not one.is_floating_point():
+        return torch.equal(one, two)
+    rounding = 2**6 * torch.finfo(one.dtype).eps
+    scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, two, rtol=rounding, atol=rounding * scale, equal_nan=True)
+
+
+def _nowhere(leaves: list[_tree.Leaf], failure: Exception | str | None) -> str:
+    shapes = [f"{x.path or 'inputs'}: {list(x.value.shape)}" for x in leaves if isinstance(x.value, Tensor)]
+    why = f"{type(failure).__name__}: {failure}".splitlines()[0] if isinstance(failure, Exception) else failure
+    return explain(
+        "the model's outputs do not have the examples of its inputs in the first dimension.",
+        got=", ".join(shapes),
+        why=f"on two or three of them: {why}",
+        wanted="a model that runs on some of the examples, with outputs [N, ...]",
+        options="kf.batched(fn, shared=...) names inputs without examples, in_dims= other dimensions of them; "
+        "whole=True for a batch that cannot be cut",
+    )
