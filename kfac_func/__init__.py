@@ -14,6 +14,7 @@ from kfac_func import recipes as recipes
 from kfac_func import spectra as spectra
 from kfac_func import testing as testing
 from kfac_func.capture import Plan as Plan
+from kfac_func.capture import batched as batched
 from kfac_func.capture import make_functional as make_functional
 from kfac_func.capture import make_plan as make_plan
 from kfac_func.compiled import compile_step as compile_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ def version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
+def owned(x: Tensor) -> bool:
+    """Whether plain autograd records what happens to a tensor.
+
+    >>> owned(torch.ones(1)), owned(torch.ones(1, requires_grad=True))
+    (False, True)
+    """
+    return readable(x) and x.requires_grad
+
+
 def known_bad(tensors: Iterable[Tensor]) -> bool:
     """Whether some number is certainly NaN or infinite: values that cannot be read are not asked for.
 
@@ -77,6 +86,19 @@ def level() -> int:
     """
     top = None if torch.compiler.is_compiling() else peek_interpreter_stack()
     return 0 if top is None else top.level()
+
+
+def transform() -> str:
+    """The innermost torch.func transform around, as users know it.
+
+    >>> seen = []
+    >>> _ = torch.func.vmap(lambda x: (seen.append(transform()), x)[1])(torch.ones(2))
+    >>> seen
+    ['torch.func.vmap']
+    """
+    top = peek_interpreter_stack()
+    names = {"Vmap": "torch.func.vmap", "Grad": "torch.func.grad or vjp", "Jvp": "torch.func.jvp"}
+    return "no transform" if top is None else names.get(str(top.key()).rpartition(".")[2], "a transform")
 
 
 def plain(x: Tensor) -> Tensor:
@@ -133,3 +155,14 @@ def legible(x: Tensor) -> Tensor | None:
     """
     found = None if torch.compiler.is_compiling() else plain(x)
     return found if found is not None and at_hand(found) else None
+
+
+def autocasting() -> tuple[Any, ...]:
+    """Under which autocast operations run now, on the CPU and on a GPU: None where under none.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     autocasting()
+    (torch.bfloat16, None)
+    """
+    kinds = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)

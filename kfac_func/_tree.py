@@ -10,7 +10,6 @@ Dynamo cannot trace optree on every container, so under torch.compile the same f
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,7 +19,9 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 
+from kfac_func._containers import closed, is_dataclass, opened
 from kfac_func._errors import TreeMismatchError, explain
+from kfac_func._tracing import owned
 from kfac_func._typing import PyTree
 
 T = TypeVar("T")
@@ -74,8 +75,8 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
         return list(zip(node._fields, node, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(node, (tuple, list)):
         return list(enumerate(node))
-    if isinstance(node, Mapping) or _is_dataclass(node):
-        children, names, _ = _open_mapping(node) if isinstance(node, Mapping) else _open_dataclass(node)
+    if isinstance(node, Mapping) or is_dataclass(node):
+        children, names, _ = opened(node)
         return list(zip(names, children, strict=True))
     return None
 
@@ -85,8 +86,8 @@ def _rebuilt(node: Any, new: dict[Any, Any]) -> Any:
         return type(node)((key, new[key]) for key in node)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return type(node)(*new.values())
-    if isinstance(node, Mapping) or _is_dataclass(node):
-        return _closed(type(node), tuple(new), tuple(new.values()))
+    if isinstance(node, Mapping) or is_dataclass(node):
+        return closed(type(node), tuple(new), tuple(new.values()))
     return node if node is None or isinstance(node, Static) else type(node)(new.values())
 
 
@@ -168,7 +169,9 @@ def _other_rules(tree: PyTree, other: PyTree) -> str:
     """The path of the first `Static` node that differs."""
     found = []
     for one in (tree, other):
-        accessors, values, _ = optree.tree_flatten_with_accessor(one, is_leaf=lambda x: isinstance(x, Static), namespace=OWN)
+        accessors, values, _ = optree.tree_flatten_with_accessor(
+            one, is_leaf=lambda x: isinstance(x, Static), namespace=OWN
+        )
         found.append([(_dotted(a), v) for a, v in zip(accessors, values, strict=True) if isinstance(v, Static)])
     return next((path for (path, one), (_, two) in zip(*found, strict=False) if one != two), "")
 
@@ -236,6 +239,16 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
     return vector, unravel
 
 
+def without_history(tree: PyTree) -> PyTree:
+    """The same tensors without the graph that autograd keeps behind them, so that steps do not hang on each other.
+    What a torch.func transform differentiates stays as it is.
+
+    >>> without_history({"w": torch.ones(2, requires_grad=True)})
+    {'w': tensor([1., 1.])}
+    """
+    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and owned(x) else x, tree)
+
+
 def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:
     """The tree with other leaves, in the order of `leaves(tree)`."""
     if torch.compiler.is_compiling():
@@ -251,14 +264,18 @@ def map_nodes(fn: Callable[[Any], Any], tree: PyTree, kind: type) -> PyTree:
             return fn(tree)
         children = _children(tree)
         return tree if children is None else _rebuilt(tree, {key: map_nodes(fn, x, kind) for key, x in children})
-    return optree.tree_map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN)
+    return optree.tree_map(
+        lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN
+    )
 
 
 def nodes(tree: PyTree, kind: type[T]) -> list[T]:
     """Every node of the given type."""
     if torch.compiler.is_compiling():
         return [tree] if isinstance(tree, kind) else [x for _, y in _children(tree) or [] for x in nodes(y, kind)]
-    return [x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN) if isinstance(x, kind)]
+    return [
+        x for x in optree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind), namespace=OWN) if isinstance(x, kind)
+    ]
 
 
 def broadcast(prefix: PyTree, tree: PyTree) -> list[Any]:
@@ -284,29 +301,6 @@ def know(tree: PyTree) -> None:
     >>> leaves(MappingProxyType({"a": 1}))
     [1]
     """
-    while kinds := {type(leaf) for leaf in leaves(tree) if isinstance(leaf, Mapping) or _is_dataclass(leaf)}:
+    while kinds := {type(leaf) for leaf in leaves(tree) if isinstance(leaf, Mapping) or is_dataclass(leaf)}:
         for kind in kinds:
-            flatten = _open_mapping if issubclass(kind, Mapping) else _open_dataclass
-            _optree.register_pytree_node(kind, flatten, partial(_closed, kind), namespace=OWN)
-
-
-def _is_dataclass(leaf: Any) -> bool:
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
-
-
-def _open_mapping(node: Any) -> tuple:
-    return tuple(node.values()), tuple(node), tuple(node)
-
-
-def _open_dataclass(node: Any) -> tuple:
-    names = tuple(field.name for field in dataclasses.fields(node))
-    return tuple(getattr(node, name) for name in names), names, names
-
-
-def _closed(kind: Any, names: tuple[str, ...], children: tuple[Any, ...]) -> Any:
-    if issubclass(kind, Mapping):
-        return kind(dict(zip(names, children, strict=True)))
-    node = object.__new__(kind)
-    for name, child in zip(names, children, strict=True):
-        object.__setattr__(node, name, child)
-    return node
+            _optree.register_pytree_node(kind, opened, partial(closed, kind), namespace=OWN)

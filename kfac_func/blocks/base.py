@@ -145,3 +145,4 @@ class Block(NamedTuple):
     examples: int  # N
     positions: int  # T, over all uses
     sharing: str = "expand"
+    crossed: bool = False  # gradients go from the output of one example to the rows of another

@@ -14,7 +14,7 @@ from kfac_func.blocks.factors import add, densify, diagonal_of, multiplied, rota
 from kfac_func.blocks.leaves import unpack, weight_leaf
 from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
 from kfac_func.blocks.products import kronecker_state, merged
-from kfac_func.blocks.rows import examples_first
+from kfac_func.blocks.rows import alike, examples_first
 
 
 def per_example(block: Block) -> Tensor:
@@ -103,7 +103,7 @@ def gradients(layout: Layout, uses: Sequence[Use], shapes: dict[str, torch.Size]
 def _weight_gradient(use: Use) -> Tensor:
     rule = use.rule
     assert use.grads is not None
-    x, g = examples_first(use.inputs, rule.where), examples_first(use.grads[0], rule.where)
+    x, g = alike(examples_first(use.inputs, rule.where), examples_first(use.grads[0], rule.where))
     v = rule.kind.gradient(x, g, rule.options)
     return v.mT if rule.transposed else v
 

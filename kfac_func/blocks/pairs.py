@@ -23,7 +23,8 @@ class Pairs(NamedTuple):
     """left [V, B, S, (q), o] and right [V or 1, B, S, (q), i]; N is in `left` as 1/√N, so F = Σ_m vec V_m vec V_mᵀ.
 
     A vector block has o = p, i = 1 and S = 1. B = N; but B = 1, with the rows of all examples, when a use is shared
-    by all of them: its vectors have mean zero then, so that products of the sum estimate the sum of products.
+    by all of them or gradients cross from one to another: vectors have mean zero then, so that products of the sum
+    estimate the sum of products, cross-example terms included.
     """
 
     left: Tensor
@@ -45,7 +46,7 @@ def pairs(block: Block, sharing: str = "expand") -> Pairs:
             )
         )
     sides = [_sides(block, use, sharing) if block.layout.matrix else _vector(use) for use in block.uses]
-    if any(use.rule.where is None for use in block.uses):
+    if block.crossed or any(use.rule.where is None for use in block.uses):
         sides = [tuple(x.flatten(1, 2).unsqueeze(1) for x in side) for side in sides]
     if len(sides) > 1:
         width = max(x.shape[0] for side in sides for x in side)
@@ -66,7 +67,7 @@ def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = 
             raise StateError(
                 explain(
                     f"block {name!r} has no rows of its own for every example, so {user} cannot combine it.",
-                    why="all examples share a use of it, or no layer kind can see it",
+                    why="all examples share a use of it or see each other in it, or no layer kind can see it",
                     got=f"rows of {rows.left.shape[1]} example(s)",
                     wanted=f"rows of {blocks[name].examples} examples",
                     options="block_diagonal() or another blockwise curvature; give the shared use the batch dimension "

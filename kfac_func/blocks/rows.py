@@ -25,6 +25,14 @@ def precise(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def alike(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients in one precision: autocast gives a layer another one than its inputs have."""
+    if x.dtype == g.dtype or not x.is_floating_point():
+        return x, g
+    wide = torch.promote_types(x.dtype, g.dtype)
+    return x.to(wide), g.to(wide)
+
+
 def input_rows(use: Use, sharing: str) -> Tensor:
     """The inputs of a use as rows [B, S, (q), i], without the homogeneous 1; S = 1 (their mean) for sharing
     "reduce".

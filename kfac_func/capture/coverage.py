@@ -58,16 +58,42 @@ def choose(
                 chosen.setdefault(path, policy)
     missing = [path for path in strays if path not in chosen]
     if missing and strict:
-        raise UncapturedParameterError("\n".join(_uncaptured(path, strays[path]) for path in missing))
+        raise UncapturedParameterError(_uncaptured({path: strays[path] for path in missing}))
     for path in missing:
         chosen[path] = "identity"
     return chosen
 
 
-def _uncaptured(path: str, ops: list[str]) -> str:
+SHOWN = 3  # parameters that an error names one by one
+
+
+def _uncaptured(strays: dict[str, list[str]]) -> str:
+    """One by one, or by operation when there are many."""
+    wanted = "the parameter itself as weight of linear, conv, embedding, norm, matmul or einsum"
+    if len(strays) <= SHOWN:
+        return "\n".join(
+            explain(
+                f"parameter {path!r} is used where K-FAC cannot see it.",
+                **{"used by": ", ".join(dict.fromkeys(ops))},
+                wanted=wanted,
+                options=f"write the use that way; or unclaimed={{{path!r}: 'diagonal'}} (or 'identity'); or "
+                "strict=False",
+            )
+            for path, ops in strays.items()
+        )
+    by_use: dict[str, list[str]] = {}
+    for path, ops in strays.items():
+        by_use.setdefault(", ".join(dict.fromkeys(ops)), []).append(path)
     return explain(
-        f"parameter {path!r} is used where K-FAC cannot see it.",
-        **{"used by": ", ".join(dict.fromkeys(ops))},
-        wanted="the parameter itself as weight of linear, conv, embedding, norm, matmul or einsum",
-        options=f"write the use that way; or unclaimed={{{path!r}: 'diagonal'}} (or 'identity'); or strict=False",
+        f"{len(strays)} parameters are used where K-FAC cannot see them.",
+        **{f"by {use}": _some(paths) for use, paths in list(by_use.items())[:10]},
+        others=f"{len(by_use) - 10} more kinds of uses" if len(by_use) > 10 else None,
+        wanted=wanted,
+        options="write the uses that way; or unclaimed='diagonal' (or 'identity') for all of them, "
+        f"unclaimed={{{next(iter(strays))!r}: 'diagonal'}} for some, by path or pattern; or strict=False",
     )
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(map(repr, paths[:SHOWN])) + more

@@ -94,7 +94,7 @@ def drawn(cut: Cut, inputs: Any) -> Drawn:
     `two` and `three`: what a model does with the order of its examples shows.
     """
     if cut.whole:
-        return Drawn(*(cut.pick(inputs, ()) for _ in range(3)))
+        return Drawn(*[cut.pick(inputs, ())] * 3)
     count = cut.count(inputs)
     if count == 1:
         places = [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -166,7 +166,7 @@ def rereadable(batches: Iterable[Any], why: str) -> None:
         )
 
 
-def where_examples(two: Found, three: Found) -> Where | None | str:
+def where_examples(two: Found, three: Found) -> Where | str | None:
     """Where the examples are in the output of a use, None for a use without them; or in words why they are nowhere."""
     a, b = two.output.shape, three.output.shape
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
@@ -175,3 +175,9 @@ def where_examples(two: Found, three: Found) -> Where | None | str:
     if len(grown) == 1 and a[grown[0]] % 2 == 0 and 2 * b[grown[0]] == 3 * a[grown[0]]:
         return Where(grown[0], a[grown[0]] // 2)
     return f"whose examples cannot be found: {list(a)} for two examples, {list(b)} for three"
+
+
+def batch_size(inputs: Any) -> int:
+    """TEMPORARY: the first dimension of the first tensor."""
+    not_empty(inputs)
+    return next(leaf for leaf in _tree.leaves(inputs) if isinstance(leaf, Tensor)).shape[0]

@@ -24,6 +24,11 @@ def owner(found: Found) -> str:
     return ref.path
 
 
+def _alone(found: Found) -> bool:
+    """Whether this is the use of a bias whose weight is no parameter."""
+    return found.weight is None and found.kind.rows is not None
+
+
 def signature(found: Found) -> tuple:
     """What a use must be again: its kind, its options and its parameters with the way it reads them."""
     return found.kind.name, found.options, found.weight, found.bias, found.order, found.groups, found.outputs
@@ -35,12 +40,17 @@ def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
     """
     owners: dict[str, list[int]] = {}
     for index, (found, _) in enumerate(uses):
-        owners.setdefault(owner(found), []).append(index)
+        if not _alone(found):
+            owners.setdefault(owner(found), []).append(index)
     partners: dict[str, set[str | None]] = {}  # of a bias
     for found, _ in uses:
         if found.bias is not None:
             partners.setdefault(found.bias.path, set()).add(None if found.weight is None else found.weight.path)
     blocks, lone = [], {}
+    for index, (found, where) in enumerate(uses):
+        if _alone(found) and found.bias is not None:
+            rule = UseRule(found.kind, found.options, where, found.positions, found.outputs)
+            lone.setdefault(found.bias.path, (found, []))[1].append((index, rule))
     for name, indices in owners.items():
         mine = [uses[index] for index in indices]
         biases = {None if found.bias is None else found.bias.path for found, _ in mine}
@@ -85,7 +95,11 @@ def _transposed(base: Found, found: Found, name: str) -> bool:
     """Whether a use sees the transpose of the block's matrix. Raises CaptureError when two uses do not fit each other
     at all.
     """
-    if (found.order, found.groups, found.kind.rows is None) == (base.order, base.groups, base.kind.rows is None):
+    one, two = (
+        (use.order, use.groups, use.kind.rows is None, None if use.weight is None else use.weight.shape)
+        for use in (found, base)
+    )
+    if one == two:
         return False
     if found.groups == base.groups == 1 and len(base.order) == 2 and found.order == base.order[::-1]:
         return True

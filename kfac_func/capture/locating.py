@@ -26,11 +26,12 @@ TRIES = 32  # ways to cut the inputs that are tried
 
 
 class Located(NamedTuple):
-    """Where the examples are, some of them, and whether an example's output leaves out all other examples."""
+    """Where the examples are, some of them, whether an example's output leaves out all other examples, and N."""
 
     cut: Cut
     drawn: Drawn
     apart: bool
+    examples: int
 
 
 def located(rules: Batched, inputs: Any, run: Callable[[Any], Any]) -> Located:
@@ -43,7 +44,8 @@ def located(rules: Batched, inputs: Any, run: Callable[[Any], Any]) -> Located:
     leaves = _tree.leaves_with_paths(inputs)
     if rules.whole:
         cut = Cut((None,) * len(leaves))
-        return Located(cut, drawn(cut, inputs), True)
+        z = tensor_of(run(_tree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)))
+        return Located(cut, drawn(cut, inputs), True, z.shape[0] if z.ndim else 0)
     not_empty(inputs)
     mixed, failure = None, None
     for cut in _ways(rules, inputs, leaves):
@@ -81,12 +83,11 @@ def _ways(rules: Batched, inputs: Any, leaves: list[_tree.Leaf]) -> Iterator[Cut
 
 def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Exception | str:
     """The cut with what the model says of it; or why it is none."""
-    if cut.whole or cut.count(inputs) == 0:
+    if cut.whole:
         return "no leaf of the inputs is cut"
     some = drawn(cut, inputs)
     try:
-        with torch.no_grad():
-            three, other, two = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two))
+        three, other, two = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two))
     except KFacError:
         raise
     except Exception as error:
@@ -94,7 +95,7 @@ def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Except
     for z, n in ((two, 2), (three, 3), (other, 3)):
         if z.ndim == 0 or z.shape[0] != n:
             return f"outputs {list(z.shape)} for {n} examples"
-    return Located(cut, some, _equal(three[:2], other[:2]))
+    return Located(cut, some, _equal(three[:2], other[:2]), cut.count(inputs))
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:

@@ -3,47 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from kfac_func import _tree
+from kfac_func._tracing import autocasting
 from kfac_func._typing import Model, PyTree
+from kfac_func.capture.batched import rules_of
 from kfac_func.capture.coverage import Unclaimed
-from kfac_func.capture.examples import batch_size
-from kfac_func.capture.plan import Plan, make_plan
+from kfac_func.capture.draws import same_draws
+from kfac_func.capture.examples import Cut
+from kfac_func.capture.locating import located
+from kfac_func.capture.plan import Plan
+from kfac_func.capture.planning import APART, make_plan
+
+T = TypeVar("T", bound=Any)
 
 Planner: TypeAlias = Callable[[PyTree, Any], Plan]
 """(params, inputs) -> the plan of the model for them."""
 
 
 def planner(fn: Model, *, strict: bool = True, unclaimed: Unclaimed | None = None) -> Planner:
-    """`make_plan`, once per signature of parameters and inputs: everything but the batch size.
+    """`make_plan`, once per signature of parameters and inputs (and of autocast): everything but the batch size.
 
     >>> plan_of = planner(lambda p, x: x @ p["w"])
     >>> params = {"w": torch.ones(3, 2)}
     >>> plan_of(params, torch.ones(4, 3)) is plan_of(params, torch.ones(7, 3))
     True
     """
-    plans: dict[Any, Plan] = {}
-
-    def planned(params: PyTree, inputs: Any) -> Plan:
-        key = _key(params, inputs)
-        if key not in plans:
-            plans[key] = make_plan(fn, params, inputs, strict=strict, unclaimed=unclaimed)
-        return plans[key]
-
-    return planned
+    return _once(lambda params, inputs: make_plan(fn, params, inputs, strict=strict, unclaimed=unclaimed))
 
 
-def _key(params: PyTree, inputs: Any) -> Any:
-    count = batch_size(inputs)
+class Finding(NamedTuple):
+    """Where the examples of a model's inputs are, and whether they see each other, in words."""
 
-    def of(leaf: Any) -> Any:
+    cut: Cut
+    mixing: str
+
+
+def finder(fn: Model) -> Callable[[PyTree, Any], Finding]:
+    """(params, inputs) -> where the examples are, for who needs no plan; found once per signature.
+
+    >>> finder(lambda p, x: x @ p["w"])({"w": torch.ones(3, 2)}, torch.ones(4, 3))
+    Finding(cut=Cut(dims=(0,)), mixing='')
+    """
+
+    def find(params: PyTree, inputs: Any) -> Finding:
+        with same_draws(_tree.leaves(params)) as again:
+            found = located(rules_of(fn), inputs, lambda x: again(lambda: fn(params, x)))
+        return Finding(found.cut, "" if found.apart else APART)
+
+    return _once(find)
+
+
+def _once(make: Callable[[PyTree, Any], T]) -> Callable[[PyTree, Any], T]:
+    known: dict[Any, list[tuple[Any, T]]] = {}
+
+    def found(params: PyTree, inputs: Any) -> T:
+        _tree.know(inputs)
+        own = _parameters(params)
+        for key, one in known.get(own, ()):
+            if key == _kept(one.cut, inputs):
+                return one
+        made = make(params, inputs)
+        known.setdefault(own, []).append((_kept(made.cut, inputs), made))
+        return made
+
+    return found
+
+
+def _parameters(params: PyTree) -> Any:
+    leaves = _tree.unique_paths(params)
+    return autocasting(), tuple((path, tuple(x.shape), x.dtype, x.device) for path, x in leaves.items())
+
+
+def _kept(cut: Cut, inputs: Any) -> Any:
+    """What does not depend on the number of examples; None for inputs that cannot be cut like this."""
+    leaves = _tree.leaves(inputs)
+    if len(leaves) != len(cut.dims):
+        return None
+    counts: set[int] = set()
+
+    def of(leaf: Any, dim: int | None) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        batched = leaf.ndim > 0 and leaf.shape[0] == count
-        return tuple(leaf.shape[1:] if batched else leaf.shape), batched, leaf.dtype, leaf.device
+        shape = list(leaf.shape)
+        if dim is not None:
+            counts.add(shape.pop(dim) if dim < leaf.ndim else -1)
+        return tuple(shape), leaf.dtype, leaf.device
 
-    own = tuple((path, tuple(leaf.shape), leaf.dtype, leaf.device) for path, leaf in _tree.unique_paths(params).items())
-    return own, tuple(of(leaf) for leaf in _tree.leaves(inputs))
+    key = tuple(of(*each) for each in zip(leaves, cut.dims, strict=True))
+    return key if len(counts) <= 1 else None

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from kfac_func import layers
 from kfac_func._errors import CaptureError, explain
-from kfac_func._tracing import version
+from kfac_func._tracing import level, transform, version
+from kfac_func.capture import views
 from kfac_func.layers import Call, Found, Ref
 
 
@@ -66,9 +67,7 @@ class Stray(NamedTuple):
 
 
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_T, _MT = vars(torch._C.TensorBase)["T"].__get__, vars(torch._C.TensorBase)["mT"].__get__
-_TURNS = (_T, _MT, torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute)
-_COPIES = (torch.clone, Tensor.clone, Tensor.contiguous)
+_CUTS = (torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__)  # no gradient goes through them
 
 
 class Watch(TorchFunctionMode):
@@ -94,6 +93,7 @@ class Watch(TorchFunctionMode):
                 )
             )
         self.tap = tap
+        self.level = level()
         self.found: list[Found] = []
         self.strays: list[Stray] = []
         self.awaiting: dict[Tensor, int] = {}  # results to which a bias may still be added
@@ -108,6 +108,10 @@ class Watch(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         tensors = list(_tensors((args, tuple(kwargs.values()))))
+        if not torch.is_grad_enabled() or func in _CUTS:
+            return func(*args, **kwargs)
+        if level() != self.level:
+            return self._inside(func, args, kwargs, tensors)
         if func in layers.expansions and any(tensor in self.known for tensor in tensors):
             return self._expand(func, args, kwargs)
         handler = layers.handlers.get(func)
@@ -118,12 +122,23 @@ class Watch(TorchFunctionMode):
         if func in _ADDS and self._add_bias(args, kwargs):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if any(True for _ in _tensors(result)):  # reading a shape or a dtype is no use
+        if any(x.is_floating_point() or x.is_complex() for x in _tensors(result)):  # else it has no gradient
             self._touch(tensors, func)
-            for tensor in tensors:
-                if tensor in self.known and not self._follow(func, args, kwargs, result):
-                    self.strays.append(Stray(self.known[tensor].path, name_of(func)))
+            seen = self.ref(args[0]) if args else None
+            moved = None if seen is None else views.followed(seen, func, args, kwargs, result)
+            if moved is not None:
+                self.known[result] = moved
+            self._stray([tensor for tensor in tensors if moved is None or tensor is not args[0]], name_of(func, args))
         return result
+
+    def _inside(self, func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
+        """A call inside a transform that the model makes: what is used there cannot be tapped."""
+        self._touch(tensors, func)
+        self._stray(tensors, f"{name_of(func, args)} inside {transform()}")
+        return func(*args, **kwargs)
+
+    def _stray(self, tensors: list[Tensor], op: str) -> None:
+        self.strays += [Stray(self.known[tensor].path, op) for tensor in tensors if tensor in self.known]
 
     def _expand(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run a function that has several uses inside, and recognise each."""
@@ -135,10 +150,7 @@ class Watch(TorchFunctionMode):
 
     def _record(self, found: Found, tensors: list[Tensor], func: Any) -> Tensor:
         claimed = {ref.path for ref in (found.weight, found.bias) if ref is not None}
-        for tensor in tensors:
-            ref = self.known.get(tensor)
-            if ref is not None and ref.path not in claimed:
-                self.strays.append(Stray(ref.path, name_of(func)))
+        self._stray([x for x in tensors if x in self.known and self.known[x].path not in claimed], name_of(func))
         out = self.tap(len(self.found), found)
         result = out if found.restore is None else found.restore(out)
         if found.bias_shape is not None and found.bias is None:
@@ -184,33 +196,6 @@ class Watch(TorchFunctionMode):
             if tensor in self.biased:
                 self.strays.append(Stray(self.biased[tensor], f"add, beside {name_of(func)} of the same result"))
 
-    def _follow(self, func: Any, args: tuple, kwargs: dict, result: Any) -> bool:
-        """Views and copies of a parameter are the parameter. True when the result is one."""
-        ref = self.ref(args[0]) if args else None
-        if ref is None or kwargs or not isinstance(result, Tensor):
-            return False
-        if func in _COPIES:
-            self.known[result] = ref
-            return True
-        if func in _TURNS:
-            self.known[result] = ref._replace(order=_turned(func, ref.order, args[1:]))
-            return True
-        return False
-
-
-def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:
-    if func in (torch.permute, Tensor.permute):
-        dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-        return tuple(order[d] for d in dims)
-    one, two = args if args else (-1, -2)
-    if func == _T:
-        return order[::-1]
-    if len(order) < 2:
-        return order
-    turned = list(order)
-    turned[one], turned[two] = turned[two], turned[one]
-    return tuple(turned)
-
 
 def _tensors(value: Any) -> Any:
     if isinstance(value, Tensor):
@@ -220,8 +205,10 @@ def _tensors(value: Any) -> Any:
             yield from _tensors(item)
 
 
-def name_of(func: Any) -> str:
+def name_of(func: Any, args: tuple = ()) -> str:
     """The name of a torch function as users know it."""
+    if args and isinstance(args[0], type) and issubclass(args[0], torch.autograd.Function):
+        return f"{args[0].__name__}.apply"
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)

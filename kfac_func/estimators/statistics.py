@@ -23,7 +23,18 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
-from kfac_func.capture import Plan, Record, Unclaimed, batch_size, planner, record
+from kfac_func.capture import (
+    Plan,
+    Record,
+    Unclaimed,
+    as_pair,
+    examples_of,
+    not_empty,
+    planner,
+    record,
+    rules_of,
+    tensor_of,
+)
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
 from kfac_func.losses import Loss, example_weight
@@ -96,11 +107,12 @@ def value_grad_and_stats(
         plan: Plan | None = None,
         stats: bool = True,
     ) -> tuple[Tensor, PyTree, Stats | None]:
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
+        params = _tree.without_history(params)
         if not stats and not rows:
             return *_value_and_grad(fn, loss, params, inputs, targets), None
         plan = planned(params, inputs) if plan is None else plan
-        kept = _wide(plan, batch_size(inputs)) if rows else frozenset()
+        kept = _wide(plan, examples_of(plan, inputs)) if rows and not plan.cut.whole else frozenset()
         if not stats and not kept:
             return *_value_and_grad(fn, loss, params, inputs, targets), None
         run = record(fn, plan, params, inputs)
@@ -130,10 +142,11 @@ class Chunk(NamedTuple):
 
 
 def _value_and_grad(fn: Model, loss: Loss, params: PyTree, inputs: Any, targets: Tensor) -> tuple[Tensor, PyTree]:
-    batch_size(inputs)
+    if not rules_of(fn).whole:
+        not_empty(inputs)
 
     def total(leaves: list[Tensor]) -> Tensor:
-        return loss.value(fn(_tree.with_leaves(params, leaves), inputs), targets)
+        return loss.value(tensor_of(fn(_tree.with_leaves(params, leaves), inputs)), targets)
 
     grads, value = torch.func.grad_and_value(total)(_tree.leaves(params))
     return value, _tree.with_leaves(params, grads)
@@ -142,12 +155,12 @@ def _value_and_grad(fn: Model, loss: Loss, params: PyTree, inputs: Any, targets:
 def _gradients(
     plan: Plan, run: Record, own: tuple[Tensor, ...], rest: dict[str, Tensor], params: PyTree, kept: frozenset[str]
 ) -> tuple[PyTree, dict[str, Gradient]]:
-    """The gradient of the loss: claimed leaves from (a, g), unclaimed ones from autograd, unused ones zero. And what
-    is worth keeping as rows.
+    """The gradient of the loss: claimed leaves from (a, g), all others from autograd. And what is worth keeping as
+    rows.
     """
     leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    found = dict(rest) | {path: torch.zeros_like(leaves[path]) for path in plan.unused}
+    found = dict(rest)
     rows = {}
     for layout, uses in plan.blocks:
         mine = tuple(Use(run.inputs[k], own[k].unsqueeze(0), rule) for k, rule in uses)
@@ -188,15 +201,16 @@ def _chunks(
     noise = noise_for(source, loss, z, generator, noise)
     signs: Tensor | float = 1.0
     if flip:
-        u = uniform((n,), z.device, generator, f"{source.name} with shared uses or unclaimed diagonals")
+        u = uniform(
+            (n,),
+            z.device,
+            generator,
+            f"{source.name} with shared uses, unclaimed diagonals or where examples see each other",
+        )
         signs = torch.where(u < 0.5, -1.0, 1.0).to(z.dtype).reshape(n, *[1] * (z.ndim - 1))
     for c in source.vectors(loss, z, targets, noise):
         c = (c * (signs * total)).to(z.dtype)
-        if c.shape[0] == 1:
-            taps, rest = run.pullback(c[0])
-            yield Chunk(tuple(g.unsqueeze(0) for g in taps), {p: g.unsqueeze(0) for p, g in rest.items()})
-        else:
-            yield Chunk(*torch.func.vmap(run.pullback)(c))
+        yield Chunk(*run.pulled(c))
 
 
 def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> Stats:

@@ -55,7 +55,7 @@ class Stats(NamedTuple):
         for layout, uses in plan.blocks:
             mine = tuple(Use(self.inputs[k], self.grads[k] if self.grads else None, rule) for k, rule in uses)
             positions = sum(use.rule.positions for use in mine) if sharing == "expand" else len(mine)
-            found[layout.name] = Block(layout, mine, examples, positions, sharing)
+            found[layout.name] = Block(layout, mine, examples, positions, sharing, plan.crossed)
         for layout in layouts[len(plan.blocks) :]:
             grads = self.rest[layout.name]
             use = Use(grads[:1], grads if grads.shape[0] else None, UseRule(unstructured, (), None, 1))

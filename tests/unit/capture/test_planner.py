@@ -34,14 +34,14 @@ def test_one_plan_for_all_batch_sizes():
     fn, calls = counted()
     plan_of = planner(fn)
     assert plan_of(PARAMS, batch(4)[0]) is plan_of(PARAMS, batch(7)[0])
-    assert len(calls) == 2
+    assert max(calls) == 3
 
 
 def test_other_dtypes_have_other_plans():
     fn, calls = counted()
     plan_of, wide = planner(fn), {"w": PARAMS["w"].double()}
     assert plan_of(PARAMS, batch(4)[0]) is not plan_of(wide, batch(4, torch.float64)[0])
-    assert len(calls) == 4
+    assert max(calls) == 3
 
 
 def test_per_example_functions_keep_their_plans():
@@ -49,9 +49,10 @@ def test_per_example_functions_keep_their_plans():
         fn, calls = counted()
         ask = make(fn, LOSS)
         ask(PARAMS, batch(4))
-        assert sorted(calls) == [1, 2, 4]
+        assert [n for n in calls if n > 3] == [4]
+        planned = len(calls)
         ask(PARAMS, batch(7))
-        assert sorted(calls) == [1, 2, 4, 7]
+        assert calls[planned:] == [7]
 
 
 def test_influence_plans_once_for_all_batches():
@@ -59,4 +60,5 @@ def test_influence_plans_once_for_all_batches():
     state = kf.fit_curvature(fn, LOSS, PARAMS, [batch(4)])
     calls.clear()
     kf.influence.self_influence(fn, LOSS, PARAMS, state, [batch(4), batch(5), batch(6)], damping=0.1)
-    assert sorted(calls) == [1, 2, 4, 5, 6]
+    assert [n for n in calls if n > 3] == [4, 5, 6]
+    assert len(calls) < 15

@@ -154,9 +154,9 @@ def test_rows_of_one_example_together():
     assert measured(case)["w"].positions == 3
 
 
-def test_rows_of_one_position_together_are_refused():
-    """Nothing says which example a row belongs to, so nothing is guessed."""
+def test_rows_of_one_position_together_are_those_of_nobody(monkeypatch):
+    """Nothing says which example a row belongs to, so nothing is guessed: curvature is that of the whole batch."""
     case = _flattened(_positions_first)
     assert close(case.fn(case.params, case.inputs), _examples_first(case.params, case.inputs))
-    with pytest.raises(kf.errors.CaptureError, match="interleaved"):
-        measured(case)
+    dense = oracles.ggn(case.fn, case.params, case.inputs, case.targets, case.value).block(case.blocks["w"])
+    assert close(_over_signs(monkeypatch, case, EXACT)["w"].flatten(), dense.diagonal())

@@ -1,0 +1,99 @@
+"""One run of a model to see which uses there are, as the tape will see them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_func import _tree
+from kfac_func._errors import CaptureError, KFacError, explain
+from kfac_func._tracing import version
+from kfac_func._typing import Model, PyTree
+from kfac_func.capture.batched import tensor_of
+from kfac_func.capture.tape import Watch, tap
+
+
+def checked_leaves(params: PyTree) -> dict[str, Tensor]:
+    """The parameters by path. Raises CaptureError for leaves that have no real gradient."""
+    leaves = _tree.unique_paths(params)
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            what = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise CaptureError(
+                explain(
+                    f"parameter {path!r} is no real floating-point tensor.",
+                    got=what,
+                    why="curvature is that of a function of real numbers",
+                    options="torch.view_as_real(...) and put it together inside fn"
+                    if what.startswith("torch.complex")
+                    else "close fn over it: it is a constant, no parameter",
+                )
+            )
+    return leaves
+
+
+def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any) -> Watch:
+    """The uses of the parameters, in the order of the run.
+
+    Runs under the transform and with the taps of a step, so that what the model can see of them is the same. Raises
+    CaptureError for parameters that the model writes, and for a model that `torch.func` can differentiate but the tape
+    cannot follow.
+    """
+    before = {path: version(leaf) for path, leaf in leaves.items()}
+    zero, seen = torch.zeros(()), []
+
+    def taped(probe: Tensor) -> Tensor:
+        watch = Watch(leaves, lambda _, use: tap(use.output, probe.to(use.output).expand(use.output.shape), True))
+        seen.append(watch)
+        with watch, eagerly():
+            return tensor_of(fn(params, inputs))
+
+    followed(lambda: torch.func.vjp(taped, zero), fn, params, inputs)
+    written = [path for path, leaf in leaves.items() if version(leaf) != before[path]]
+    if written:
+        raise CaptureError(
+            explain(
+                f"the model writes into its parameter {written[0]!r}.",
+                why="a pure function leaves its arguments as they are",
+                options="write into a copy: w = w.clone() first",
+            )
+        )
+    return seen[-1]
+
+
+def followed(run: Any, fn: Model, params: PyTree, inputs: Any) -> Any:
+    """What a run on the tape gives; its errors in words, if `torch.func` can differentiate the model without the tape."""
+    try:
+        return run()
+    except KFacError:
+        raise
+    except Exception as error:
+        plainly(fn, params, inputs)  # raises what is wrong with the model itself
+        raise CaptureError(
+            explain(
+                "the tape cannot follow the model, though torch.func can differentiate it.",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+                why="something in it does not work on outputs of layers that are watched",
+                options="kf.products with route='loop' for per-example quantities; torch.func.grad for the gradient",
+            )
+        ) from error
+
+
+def plainly(fn: Model, params: PyTree, inputs: Any) -> tuple[Tensor, Any]:
+    """The outputs of the model and their pullback to the leaves of the parameters, without any tape."""
+
+    def outputs(values: list[Tensor]) -> Tensor:
+        return tensor_of(fn(_tree.with_leaves(params, values), inputs))
+
+    found, pullback, *_ = torch.func.vjp(outputs, _tree.leaves(params))
+    return found, pullback
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Functions that torch.compile wrapped run as they were written, so that the tape sees into them."""
+    known = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+    return torch.compiler.set_stance("force_eager") if known else nullcontext()
