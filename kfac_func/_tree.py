@@ -135,17 +135,15 @@ def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     if torch.compiler.is_compiling():
         return _traced_map(fn, tree, *rest)
     values, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=OWN)
-    others = [_flatten_like(spec, tree, other) for other in rest]
+    others = []
+    for other in rest:
+        try:
+            others.append(spec.flatten_up_to(other))
+        except (ValueError, TypeError) as error:
+            raise TreeMismatchError(mismatch(tree, other)) from error
     return spec.unflatten(
         [None if value is None else fn(value, *more) for value, *more in zip(values, *others, strict=True)]
     )
-
-
-def _flatten_like(spec: Any, tree: PyTree, other: PyTree) -> list[Any]:
-    try:
-        return spec.flatten_up_to(other)
-    except (ValueError, TypeError) as error:
-        raise TreeMismatchError(mismatch(tree, other)) from error
 
 
 def mismatch(tree: PyTree, other: PyTree) -> str:
@@ -221,9 +219,6 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
     Mixed dtypes are promoted in the vector. Raises TreeMismatchError when a vector of another length is unravelled.
     """
     values, spec = optree.tree_flatten(tree, namespace=OWN)
-    shapes = [value.shape for value in values]
-    dtypes = [value.dtype for value in values]
-    sizes = [value.numel() for value in values]
     vector = torch.cat([value.reshape(-1) for value in values]) if values else torch.zeros(0)
 
     def unravel(flat: torch.Tensor) -> PyTree:
@@ -231,17 +226,14 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
             raise TreeMismatchError(
                 explain("a vector does not fit the tree.", got=list(flat.shape), wanted=list(vector.shape))
             )
-        parts = flat.split(sizes)
-        return spec.unflatten(
-            [part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, shapes, dtypes, strict=True)]
-        )
+        parts = flat.split([value.numel() for value in values])
+        return spec.unflatten([part.reshape(x.shape).to(x.dtype) for part, x in zip(parts, values, strict=True)])
 
     return vector, unravel
 
 
 def without_history(tree: PyTree) -> PyTree:
-    """The same tensors without the graph that autograd keeps behind them, so that steps do not hang on each other.
-    What a torch.func transform differentiates stays as it is.
+    """The same tensors without what plain autograd keeps behind them, so that steps do not hang on each other.
 
     >>> without_history({"w": torch.ones(2, requires_grad=True)})
     {'w': tensor([1., 1.])}

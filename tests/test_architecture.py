@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOOR = "__init__"
 FLOORS = {
-    **dict.fromkeys(["_typing", "_errors", "_tracing"], 1),
+    **dict.fromkeys(["_typing", "_errors", "_tracing", "_containers"], 1),
     **dict.fromkeys(["_tree", "_patterns", "blocks", "losses"], 2),
     **dict.fromkeys(["linalg", "layers", "transforms", "checkpoint"], 3),
     **dict.fromkeys(["capture", "damping", "spectra"], 4),

@@ -46,8 +46,8 @@ def batched(
              patterns of paths in the inputs: "mask", "1", "*.table"
     in_dims  where the examples of an input are, as torch.func.vmap writes it: a number for all of them, or a tree that
              is a prefix of the inputs; None for what has no examples. (0, 1) for (x [N, ...], state [layers, N, h])
-    whole    the batch is one thing that cannot be cut (a graph): examples are dimension 0 of the outputs, no matter what
-             the inputs are
+    whole    the batch is one thing that cannot be cut (a graph): examples are dimension 0 of the outputs, whatever the
+             inputs are
     output   "logits" (a key, or an attribute), 0 (an index), or a function of what the model returns
 
     Without it, an input is cut into examples when its first dimension is N, the model runs on some of the examples and

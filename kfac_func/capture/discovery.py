@@ -66,7 +66,7 @@ def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any
 
 
 def followed(run: Any, fn: Model, params: PyTree, inputs: Any) -> Any:
-    """What a run on the tape gives; its errors in words, if `torch.func` can differentiate the model without the tape."""
+    """What a run on the tape gives; its errors in words, if `torch.func` can differentiate the model without it."""
     try:
         return run()
     except KFacError:

@@ -1,4 +1,4 @@
-"""What a plan is: which uses there are, what kind they have, which parameters they claim, and where the examples are."""
+"""What a plan is: the uses, their kinds, the parameters that they claim, and where the examples are."""
 
 from __future__ import annotations
 
@@ -52,8 +52,6 @@ class Plan(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether vectors need a mean of zero: gradients cross, a use is shared by all examples, or a leaf's diagonal is
-        wanted.
-        """
+        """Whether vectors need a mean of zero: gradients cross, all examples share a use, or a diagonal is wanted."""
         diagonal = any(policy == "diagonal" for _, policy in self.unclaimed)
         return self.crossed or diagonal or any(tap.where is None for tap in self.taps)

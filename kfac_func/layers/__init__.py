@@ -8,7 +8,7 @@ from kfac_func.layers.base import Call as Call
 from kfac_func.layers.base import Found as Found
 from kfac_func.layers.base import Handler as Handler
 from kfac_func.layers.base import Ref as Ref
-from kfac_func.layers.lone import bias as bias
+from kfac_func.layers.base import bias as bias
 from kfac_func.layers.lone import unstructured as unstructured
 
 handlers: dict[object, Handler] = {

@@ -136,6 +136,48 @@ dense = Kind("dense", _dense_gradient, _dense_rows, _dense_output_rows, _dense_m
 """A contraction of the last dimension; `options` = (grouped,)."""
 
 
+# ------------------------------------------------- biases alone: a layer whose only input is the homogeneous 1
+
+
+def _no_rows(x: Tensor, options: tuple) -> Tensor:
+    return _dense_rows(x, options)[..., :0]
+
+
+def _no_gradient(x: Tensor, g: Tensor, options: tuple) -> Tensor:
+    return g.new_zeros(())
+
+
+bias = Kind("bias", _no_gradient, _no_rows, _dense_output_rows)
+"""A bias that several weights share, or whose weight has several; the recorded input is that of the layer."""
+
+
+def bias_of(kind: Kind) -> Kind:
+    """The bias of a layer whose weight is no parameter; the recorded input is the output without its channels."""
+    output_rows = kind.output_rows
+    assert output_rows is not None
+    return Kind("bias", _no_gradient, lambda x, options: output_rows(x.unsqueeze(0), options)[0], output_rows)
+
+
+dense_bias = bias_of(dense)
+
+
+def found_bias(kind: Kind, options: tuple, own: Ref, output: Tensor, channels: int) -> Found:
+    """The use of a bias alone, of a kind made by `bias_of`; `options` are those of an ungrouped layer, with its outputs
+    along the dimension `channels`.
+    """
+    width = output.shape[channels]
+    return Found(
+        kind=kind,
+        options=options,
+        weight=None,
+        bias=own,
+        inputs=output.narrow(channels, 0, 0),
+        output=output,
+        positions=output.numel() // max(width, 1),
+        outputs=width,
+    )
+
+
 # ------------------------------------------------- maps: inputs [B, C, *size], outputs [B, q·o, *size] or the like
 
 

@@ -14,8 +14,7 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
-from kfac_func.layers.base import Call, Found, Handler, Ref, dense, ref_of
-from kfac_func.layers.lone import found_alone
+from kfac_func.layers.base import Call, Found, Handler, Ref, dense, dense_bias, found_bias, ref_of
 
 
 def _parse(equation: str, dims: tuple[int, int]) -> tuple[str, str, str] | None:
@@ -115,7 +114,7 @@ def _addmm(call: Call) -> Found | None:
     found = _product(call, left, right)
     own = ref_of(call, bias)
     if found is None and own is not None and call.ref(left) is None and call.ref(right) is None and len(own.shape) == 1:
-        return found_alone(dense, (False,), own, call.run(), -1)
+        return found_bias(dense_bias, (False,), own, call.run(), -1)
     if found is None or (own is not None and own.shape != found.bias_shape):
         return None
     return found._replace(bias=own, bias_shape=None)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from kfac_func.layers.base import Call, Found, Handler, dense, ref_of
-from kfac_func.layers.lone import found_alone
+from kfac_func.layers.base import Call, Found, Handler, dense, dense_bias, found_bias, ref_of
 
 
 def _linear(call: Call) -> Found | None:
     x, weight, bias = call.bind("input", "weight", "bias")
     ref = call.ref(weight)
     if ref is None:
-        return found_alone(dense, (False,), ref_of(call, bias), call.run(), -1) if bias is not None else None
+        own = ref_of(call, bias)
+        return None if own is None else found_bias(dense_bias, (False,), own, call.run(), -1)
     if len(ref.shape) != 2:
         return None
     out = call.run()

@@ -84,7 +84,7 @@ def test_gradients_are_exact(fn):
 @models
 def test_exact_vectors_with_signs_give_the_diagonal_of_the_whole_batch(monkeypatch, fn):
     step: Any = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.exact())
-    found: dict[str, Any] = {path: 0.0 for path in PARAMS}
+    found: dict[str, Any] = dict.fromkeys(PARAMS, 0.0)
     for u in oracles.patterns(len(X), (0.25, 0.75)):
         monkeypatch.setattr(statistics, "uniform", lambda *args, u=u: u)
         for path, block in step(PARAMS, (X, Y))[2].blocks().items():
