@@ -219,6 +219,7 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
     Mixed dtypes are promoted in the vector. Raises TreeMismatchError when a vector of another length is unravelled.
     """
     values, spec = optree.tree_flatten(tree, namespace=OWN)
+    kinds = [(value.shape, value.dtype, value.numel()) for value in values]
     vector = torch.cat([value.reshape(-1) for value in values]) if values else torch.zeros(0)
 
     def unravel(flat: torch.Tensor) -> PyTree:
@@ -226,8 +227,8 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
             raise TreeMismatchError(
                 explain("a vector does not fit the tree.", got=list(flat.shape), wanted=list(vector.shape))
             )
-        parts = flat.split([value.numel() for value in values])
-        return spec.unflatten([part.reshape(x.shape).to(x.dtype) for part, x in zip(parts, values, strict=True)])
+        parts = zip(flat.split([size for *_, size in kinds]), kinds, strict=True)
+        return spec.unflatten([part.reshape(shape).to(dtype) for part, (shape, dtype, _) in parts])
 
     return vector, unravel
 
