@@ -59,15 +59,6 @@ def version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def owned(x: Tensor) -> bool:
-    """Whether plain autograd records what happens to a tensor.
-
-    >>> owned(torch.ones(1)), owned(torch.ones(1, requires_grad=True))
-    (False, True)
-    """
-    return readable(x) and x.requires_grad
-
-
 def known_bad(tensors: Iterable[Tensor]) -> bool:
     """Whether some number is certainly NaN or infinite: values that cannot be read are not asked for.
 

@@ -21,7 +21,6 @@ import torch.utils._pytree as torch_pytree
 
 from kfac_func._containers import closed, is_dataclass, opened
 from kfac_func._errors import TreeMismatchError, explain
-from kfac_func._tracing import owned
 from kfac_func._typing import PyTree
 
 T = TypeVar("T")
@@ -231,15 +230,6 @@ def ravel(tree: PyTree) -> tuple[torch.Tensor, Callable[[torch.Tensor], PyTree]]
         return spec.unflatten([part.reshape(shape).to(dtype) for part, (shape, dtype, _) in parts])
 
     return vector, unravel
-
-
-def without_history(tree: PyTree) -> PyTree:
-    """The same tensors without what plain autograd keeps behind them, so that steps do not hang on each other.
-
-    >>> without_history({"w": torch.ones(2, requires_grad=True)})
-    {'w': tensor([1., 1.])}
-    """
-    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and owned(x) else x, tree)
 
 
 def with_leaves(tree: PyTree, values: list[Any]) -> PyTree:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
+from kfac_func._tracing import settled
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
@@ -108,7 +109,7 @@ def value_grad_and_stats(
         stats: bool = True,
     ) -> tuple[Tensor, PyTree, Stats | None]:
         inputs, targets = as_pair(batch)
-        params = _tree.without_history(params)
+        params = _tree.tree_map(settled, params)
         if not stats and not rows:
             return *_value_and_grad(fn, loss, params, inputs, targets), None
         plan = planned(params, inputs) if plan is None else plan
