@@ -10,11 +10,11 @@ so that every weight of a term (class weights, 1/D of a mean, ...) is inside l_n
     Λ_n = ∂²l_n/∂z_n² = s ⊗ H(z),       H the Hessian of one unit term,  s ≥ 0 the curvature weight of each term,
 
 so a family is H, a square root of H and a way to draw from the model (`Family`), and the rest is common (`assemble`).
-Vectors are computed in at least float32 and returned in the dtype of z. Checks look at shapes and dtypes only, never
-at values, so nothing here waits for a device; tensors given as options are read once, when the loss is made, where they
-have values to read: not under torch.compile, vmap or another transform. There a loss can be made as well, and gradients
-with respect to its weights flow through the value, the score and the curvature. A weight of exactly zero has the
-derivative 0 in square roots of the curvature.
+Vectors are computed in at least float32 and returned in the dtype of z. Checks look at shapes and dtypes, and at values
+of targets only where they are at hand, so nothing here waits for a device; tensors given as options are read once, when
+the loss is made, where they have values to read: not under torch.compile, vmap or another transform. There a loss can
+be made as well, and gradients with respect to its weights flow through the value, the score and the curvature. A weight
+of exactly zero has the derivative 0 in square roots of the curvature.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kfac_func._errors import BatchError, HyperparameterError, TargetError, expl
 from kfac_func._tracing import readable
 
 REDUCTIONS = ("mean", "sum", "batchmean")
+SLACK = 1e-2  # by which targets may miss the values that have a meaning
 
 
 class Loss(NamedTuple):
@@ -100,7 +101,7 @@ def assemble(family: Family, reduction: str) -> Loss:
 
     def value(z: Tensor, targets: Tensor) -> Tensor:
         family.check(z, targets)
-        return family.value(z, targets)
+        return family.value(z, fitted(targets, z))
 
     def score(z: Tensor, targets: Tensor) -> Tensor:
         family.check(z, targets)
@@ -155,8 +156,7 @@ def _root(s: Tensor | float) -> Tensor | float:
 
 def _score(family: Family, reduction: str, z: Tensor, targets: Tensor) -> Tensor:
     wide = widen(z)
-    fitted = targets.to(wide.dtype) if targets.is_floating_point() else targets
-    gradient = torch.func.grad(family.value)(wide, fitted)
+    gradient = torch.func.grad(family.value)(wide, fitted(targets, wide))
     return (gradient if reduction == "sum" else z.shape[0] * gradient).to(z.dtype)
 
 
@@ -203,6 +203,18 @@ def outputs_per_example(z: Tensor) -> int:
 def widen(z: Tensor) -> Tensor:
     """The outputs in at least float32."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def fitted(targets: Tensor, z: Tensor) -> Tensor:
+    """Targets that are numbers in a dtype of the outputs: never narrower, and no wider than float32 or the outputs.
+
+    >>> fitted(torch.ones(2, dtype=torch.float64), torch.ones(2)).dtype
+    torch.float32
+    """
+    if not targets.is_floating_point():
+        return targets
+    dtype = torch.promote_types(targets.dtype, z.dtype)
+    return targets.to(min(dtype, widen(z).dtype, key=lambda kind: kind.itemsize))
 
 
 def check_reduction(reduction: str) -> None:

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func._errors import TargetError, explain
-from kfac_func.losses.base import Loss, assemble, check_reduction, check_weight, diagonal_family, outputs_per_example
+from kfac_func._tracing import legible
+from kfac_func.losses.base import (
+    SLACK,
+    Loss,
+    assemble,
+    check_reduction,
+    check_weight,
+    diagonal_family,
+    outputs_per_example,
+)
 
 
 def bce_with_logits(
@@ -21,14 +30,14 @@ def bce_with_logits(
         Λ     = diag(s p (1−p)),      s = w (π y + 1 − y)
         B     = diag √(s p (1−p)),    sampled score = √s (p − y'),  y' = [noise < p]
 
-    Shapes: outputs z [N, …] and targets y in [0, 1] of the same shape (soft targets allowed; the range is not
-    checked). `weight` w ≥ 0 and `pos_weight` π ≥ 0 broadcast to z as in torch, but never enlarge it. Noise and draws
-    have the shape of z.
+    Shapes: outputs z [N, …] and targets y in [0, 1] of the same shape (soft targets allowed). `weight` w ≥ 0 and
+    `pos_weight` π ≥ 0 broadcast to z as in torch, but never enlarge it. Noise and draws have the shape of z.
 
     Normalisation: "mean" divides by all N·D elements (never by the weights), "batchmean" by N, "sum" by 1.
 
-    Raises HyperparameterError for an option without meaning, TargetError for targets or weights that do not fit,
-    BatchError without examples.      Source: Martens & Grosse 2015 (arXiv 1503.05671), §2.
+    Raises HyperparameterError for an option without meaning, TargetError for targets or weights that do not fit and for
+    targets outside of [0, 1] (where they are on a CPU), BatchError without examples.
+    Source: Martens & Grosse 2015 (arXiv 1503.05671), §2.
 
     >>> import torch
     >>> loss = bce_with_logits(pos_weight=torch.tensor([3.0]), reduction="batchmean")
@@ -42,16 +51,19 @@ def bce_with_logits(
     check_weight("weight", weight)
     check_weight("pos_weight", pos_weight)
 
-    def value(z: Tensor, targets: Tensor) -> Tensor:
+    def check(z: Tensor, targets: Tensor) -> None:
         _check_broadcast("weight", weight, z)
         _check_broadcast("pos_weight", pos_weight, z)
+        _check_range(targets)
+
+    def value(z: Tensor, targets: Tensor) -> Tensor:
+        check(z, targets)
         kind = "mean" if reduction == "mean" else "sum"
         total = F.binary_cross_entropy_with_logits(z, targets, weight, pos_weight=pos_weight, reduction=kind)
         return total / z.shape[0] if reduction == "batchmean" else total
 
     def weights(z: Tensor, targets: Tensor) -> Tensor:
-        _check_broadcast("weight", weight, z)
-        _check_broadcast("pos_weight", pos_weight, z)
+        check(z, targets)
         y = targets.to(z.dtype)
         s = torch.ones_like(y) if pos_weight is None else pos_weight * y + 1 - y
         s = s if weight is None else s * weight
@@ -70,6 +82,19 @@ def _residual(z: Tensor, drawn: Tensor) -> Tensor:
 
 def _deviation(z: Tensor) -> Tensor:
     return (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp()
+
+
+def _check_range(targets: Tensor) -> None:
+    y = legible(targets)
+    if y is not None and bool(((y < -SLACK) | (y > 1 + SLACK)).any()):
+        raise TargetError(
+            explain(
+                "the targets of bce_with_logits are probabilities, and these are none.",
+                got=f"entries from {y.min().item():.4g} to {y.max().item():.4g}",
+                wanted="numbers in [0, 1]",
+                options="targets.sigmoid() if they are logits; kf.losses.mse() for other numbers",
+            )
+        )
 
 
 def _check_broadcast(name: str, tensor: Tensor | None, z: Tensor) -> None:

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, TargetError, explain
-from kfac_func.losses.base import Family, Loss, assemble, check_outputs, check_reduction, check_weight
+from kfac_func._tracing import legible
+from kfac_func.losses.base import (
+    SLACK,
+    Family,
+    Loss,
+    assemble,
+    check_outputs,
+    check_reduction,
+    check_weight,
+    widen,
+)
 
 _NO_INDEX = -100
 
@@ -44,10 +54,10 @@ def cross_entropy(
     Normalisation, as torch's: "mean" divides the sum of terms by Σ w_y over the indices that are not ignored, or by
     the number of positions for probabilities (whatever their weights); "sum" does not divide; "batchmean" divides by
     N. When every index is ignored, "mean" is NaN as in torch, and score and curvature are zero. Probabilities are
-    used as they are: they must not be negative, and this is not checked.
+    used as they are; a row of zeros has neither loss nor curvature (without smoothing).
 
-    Raises HyperparameterError for an option without meaning, TargetError for targets that do not fit or an
-    `ignore_index` with probability targets, BatchError without examples.
+    Raises HyperparameterError for an option without meaning, BatchError without examples, TargetError for targets that
+    do not fit, for an `ignore_index` with probability targets, and, on a CPU, for those that are no probabilities.
     Source: Martens & Grosse 2015 (arXiv 1503.05671), §2; square root of the softmax Hessian: the library's
     mathematics, §1.
 
@@ -199,6 +209,7 @@ def _check(o: _Options, z: Tensor, targets: Tensor) -> None:
         )
     if targets.is_floating_point():
         _check_probabilities(o, shape, targets)
+        _check_values(o, targets)
     elif targets.dtype == torch.bool or targets.is_complex():
         raise TargetError(explain("targets must be class indices or probabilities.", got=targets.dtype))
     elif tuple(targets.shape) != _noise_shape(o, z):
@@ -230,5 +241,23 @@ def _check_probabilities(o: _Options, shape: tuple[int, ...], targets: Tensor) -
                 "ignore_index has no meaning for probability targets.",
                 got=f"ignore_index={o.ignore_index}",
                 options="rows of zeros in the targets have no loss and no curvature, without smoothing",
+            )
+        )
+
+
+def _check_values(o: _Options, targets: Tensor) -> None:
+    """Logits as targets are negative weights: the curvature has no square root, and K-FAC rejects every batch."""
+    y = legible(targets)
+    if y is None:
+        return
+    total = y.sum(o.class_dim, dtype=widen(y).dtype)
+    if bool((y < -SLACK).any() | (((total - 1).abs() > SLACK) & (total != 0)).any()):
+        raise TargetError(
+            explain(
+                "floating-point targets are class probabilities, and these are none.",
+                got=f"entries from {y.min().item():.4g} to {y.max().item():.4g}, and sums over the classes "
+                f"from {total.min().item():.4g} to {total.max().item():.4g}",
+                wanted="numbers that are not negative and sum to 1 over the classes (or to 0: no target)",
+                options=f"targets.softmax({o.class_dim}) if they are logits; kf.losses.mse() for other numbers",
             )
         )
