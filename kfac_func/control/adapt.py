@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
-from kfac_func._tracing import readable
+from kfac_func._tracing import readable, settled
 from kfac_func._tree import storable, tree_map
 from kfac_func._typing import PyTree
 from kfac_func.control.levenberg import LevenbergMarquardt, levenberg_marquardt
@@ -137,6 +137,7 @@ def adapt_damping(
         return reject or not readable(state.step) or (int(state.step) + 1) % chosen.interval == 0
 
     def propose(updates, state, params=None, *, batch=None, **extra) -> tuple[PyTree, Proposal]:
+        params = tree_map(settled, params)
         started = _calibrated(state, model, params, batch, updates) if calibrate else state
         step, new = link.update(updates, started.inner, params, batch=batch, **extra)
         predicted = _predicted(new, model, chosen, params, batch, step, updates) if due(state) else ()
@@ -150,6 +151,7 @@ def adapt_damping(
         return _judged(updates, old, new, predicted, before, after, chosen, reject)
 
     def update(updates, state, params=None, *, batch=None, value=None, value_fn=None, **extra):
+        params = tree_map(settled, params)
         step, proposal = propose(updates, state, params, batch=batch, **extra)
         if not due(state):
             return accept(step, proposal)
@@ -222,6 +224,7 @@ def _judged(
 ) -> tuple[PyTree, AdaptDampingState]:
     """ρ, the damping it asks for, and (with `reject`) the old place where the loss rose."""
     before, after = (torch.as_tensor(x).to(predicted) for x in (before, after))
+    before, after = (x.detach() if readable(x) else x for x in (before, after))  # ρ is measured, not a function of θ
     finest = 10 * max(torch.finfo(leaf.dtype).eps for leaf in _tree.leaves(updates)) * before.abs()
     raised = ~(after <= before + finest)
     evidence = ~((predicted.abs() <= finest) & ((after - before).abs() <= finest))

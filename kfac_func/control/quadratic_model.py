@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
+from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture import batch_size
 from kfac_func.losses import Loss, example_weight
@@ -111,10 +112,12 @@ def quadratic_model(
     def penalty(params: PyTree) -> Tensor:
         return 0.5 * _dots([_tree.leaves(params)], list(_tree.unique_paths(params)), covered(params))[0, 0]
 
+    @without_autocast
     def value(params: PyTree, batch: Any) -> Tensor:
         inputs, targets = batch
         return loss.value(fn(params, inputs), targets).to(torch.float64) + penalty(params)
 
+    @without_autocast
     def form(params: PyTree, batch: Any, directions: Sequence[PyTree], gradient: PyTree, damping: Any = 0.0) -> Form:
         inputs, targets = _first(batch, examples)
         leaves, paths, pulled = _tree.leaves(params), list(_tree.unique_paths(params)), covered(params)

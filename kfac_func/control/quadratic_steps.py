@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, explain
+from kfac_func._tracing import settled
 from kfac_func._tree import storable, tree_map
 from kfac_func._typing import PyTree, Scalar, ScalarOrSchedule
 from kfac_func.control.quadratic_model import QuadraticModel
@@ -99,8 +100,8 @@ def scale_by_quadratic_model(
         rate = None if learning_rate is None else resolve(learning_rate, state.step)
         shrink = trail.damping if trail is not None else None
         shrink = shrink if damping is None else resolve(damping, state.step)
-        directions = [updates, state.velocity]
-        form = model.form(params, batch, directions, entered, 0.0 if shrink is None else shrink)
+        directions, here = [updates, state.velocity], tree_map(settled, params)
+        form = model.form(here, batch, directions, entered, 0.0 if shrink is None else shrink)
         w = form.minimizer([None if rate is None else -rate, momentum])
         step = add_scaled(scale_tree(updates, w[0]), w[1], state.velocity)
         return step, QuadraticModelState(

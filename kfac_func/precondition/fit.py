@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import BatchError, StateError, explain
-from kfac_func._tracing import readable
+from kfac_func._tracing import readable, settled, without_autocast
 from kfac_func._tree import Static
 from kfac_func._typing import Model, Progress, PyTree, shown
 from kfac_func.blocks import Block
@@ -20,6 +20,7 @@ from kfac_func.curvature import Batch, Curvature, Structure, eigen
 from kfac_func.curvature.base import Question
 from kfac_func.damping import Split
 from kfac_func.estimators import Estimator, exact, forward_only, value_grad_and_stats
+from kfac_func.estimators.statistics import Step
 from kfac_func.estimators.stats import Sharing
 from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
@@ -35,6 +36,7 @@ BUDGET = 2**22, 8
 """What the vectors of one chunk may hold at all layers: bytes, or so many times the bytes of the parameters."""
 
 
+@without_autocast
 def fit_curvature(
     fn: Model,
     loss: Loss,
@@ -81,24 +83,19 @@ def fit_curvature(
         >>> print(kf.describe(state).splitlines()[1].split())
         ['block', 'kind', 'V', 'memory', 'leaves']
     """
+    params = _tree.tree_map(settled, params)
     state = link(eigen() if curvature is None else curvature, damping=damping, split=split).init(params)
     own = curvature_of(state)
     if own.scales:
         rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
     loss, source = _by_example(loss, exact() if estimator is None else estimator)
-    options: dict[str, Any] = {"sharing": sharing, "strict": strict, "unclaimed": unclaimed}
-    chosen: list[Estimator] = []
+    step = _stepper(fn, loss, params, source, own, sharing=sharing, strict=strict, unclaimed=unclaimed)
 
     def looks(name: str, measure: Measure) -> Iterator[tuple[Observed, Tensor]]:
         """Every batch with its part of all examples so far; where that is enough, what is measured of it alone."""
         total, run = 0, None
         for index, batch in enumerate(shown(batches, progress)):
-            if run is None:
-                chosen[:] = chosen or [
-                    _bounded(source, own, params, partial(_numbers, fn, loss, params, batch, options))
-                ]
-                found = measure if own.summable else None
-                run = value_grad_and_stats(fn, loss, estimator=chosen[0], measure=found, **options)
+            run = step(batch, measure) if run is None else run
             _, _, stats = run(params, batch, generator=generator)
             assert stats is not None
             seen = Observed(state, stats)
@@ -127,6 +124,21 @@ def fit_curvature(
 
 
 # ------------------------------------------------------------------ a few vectors at a time
+
+
+def _stepper(
+    fn: Model, loss: Loss, params: PyTree, source: Estimator, own: Curvature, **options: Any
+) -> Callable[[Any, Measure], Step]:
+    """(the first batch, measure) -> the step of a pass, which measures chunk by chunk where that is enough."""
+    chosen: list[Estimator] = []
+
+    def made(batch: Any, measure: Measure) -> Step:
+        if not chosen:
+            chosen.append(_bounded(source, own, params, partial(_numbers, fn, loss, params, batch, options)))
+        few = measure if own.summable else None
+        return value_grad_and_stats(fn, loss, estimator=chosen[0], measure=few, **options)
+
+    return made
 
 
 def _bounded(source: Estimator, own: Curvature, params: PyTree, numbers: Callable[[], int]) -> Estimator:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import StateError, TreeMismatchError, explain
+from kfac_func._tracing import without_autocast
 from kfac_func._tree import Static
 from kfac_func._typing import PyTree, ScalarOrSchedule
 from kfac_func.blocks import Thin, pack, unpack
@@ -57,6 +58,7 @@ def preconditioner(
             decay=_value(decay, zero_count()) if options.decay is None else (),
         )
 
+    @without_autocast
     def update(
         updates: PyTree,
         state: KFacState,
@@ -127,6 +129,7 @@ def _scheduled(state: KFacState, damping: Damping, decay: ScalarOrSchedule) -> K
     return state if isinstance(damping, (int, float, Mapping)) else state._replace(damping=_value(damping, state.step))
 
 
+@without_autocast
 def observe(state: PyTree, stats: Stats | Sequence[Stats], *, refresh: bool = True) -> PyTree:
     """Absorb the statistics of a batch into the K-FAC state inside ANY optimiser state; everything else stays as it is.
 
@@ -161,6 +164,7 @@ def observe(state: PyTree, stats: Stats | Sequence[Stats], *, refresh: bool = Tr
     return _tree.map_nodes(one, state, KFacState)
 
 
+@without_autocast
 def precondition(state: PyTree, grads: PyTree) -> PyTree:
     """Multiply gradients by the damped inverse curvature: v = (F̂ + λ)⁻¹ g, block by block. Linear, symmetric
     positive definite.
