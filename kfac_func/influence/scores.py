@@ -13,7 +13,7 @@ from kfac_func.blocks import Pairs, chunks
 from kfac_func.capture import rereadable
 from kfac_func.influence.gradients import Read, Score, arrays, prepared, some
 from kfac_func.linalg import Spectral
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 from kfac_func.products.rows import Route
 
 Measurement: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -75,6 +75,7 @@ def scores(
         >>> kf.influence.scores(fn, kf.losses.mse(), params, state, train, query, damping=0.1).shape
         torch.Size([4, 5])
     """
+    loss = checked_loss(loss)
     rereadable(train_batches, "every batch of queries needs all of the training examples")
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
     found = []

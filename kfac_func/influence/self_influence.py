@@ -13,7 +13,7 @@ from kfac_func.blocks import Pairs
 from kfac_func.influence.gradients import prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.linalg.spectral import seen_in, squared
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 from kfac_func.products.rows import Route
 
 
@@ -48,6 +48,7 @@ def self_influence(
         >>> kf.influence.self_influence(fn, kf.losses.mse(), params, state, batches, damping=0.1).shape
         torch.Size([5])
     """
+    loss = checked_loss(loss)
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
     found = [_total(spectra, rows) for batch in shown(batches, progress) for rows in read(loss.score, batch)]
     return torch.cat(some(found, "training examples"))

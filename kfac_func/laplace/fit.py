@@ -20,7 +20,7 @@ from kfac_func.curvature import Curvature, Structure
 from kfac_func.estimators import Estimator
 from kfac_func.estimators.stats import Sharing
 from kfac_func.laplace.posterior import Posterior, Prior, by_block, positive, restricted
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 from kfac_func.losses.base import example_weight
 from kfac_func.operators import linear_operator
 from kfac_func.precondition import fit_curvature
@@ -73,6 +73,7 @@ def fit(
         >>> posterior.examples, list(posterior.spectra)
         (tensor(3., dtype=torch.float64), ['weight'])
     """
+    loss = checked_loss(loss)
     rereadable(batches, "the loss and the curvature are measured in passes of their own")
     fn, free = restricted(fn, params, _chosen(params, only))
     examples, outputs, nll = _likelihood(fn, loss, free, batches, noise is not None, progress)
@@ -147,7 +148,7 @@ def _check_likelihood(loss: Loss, z: Tensor, targets: Tensor, gaussian: bool) ->
 def _half_square(loss: Loss, z: Tensor, targets: Tensor) -> bool:
     if targets.shape != z.shape:
         return False
-    return torch.allclose(loss.score(z, targets), z - targets, rtol=1e-3, atol=1e-3)
+    return torch.allclose(loss.score(z, targets), (z - targets).to(z.dtype), rtol=1e-3, atol=1e-3)
 
 
 def _refuse_identity(policies: dict[str, str]) -> None:

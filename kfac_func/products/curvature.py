@@ -22,7 +22,7 @@ from kfac_func._typing import Model, PyTree
 from kfac_func.capture import batch_size
 from kfac_func.estimators import Estimator, exact
 from kfac_func.estimators.vectors import noise_for
-from kfac_func.losses import Loss, example_weight
+from kfac_func.losses import Loss, checked_loss, example_weight
 from kfac_func.products.linear import Linear, like, linearize, mathematical, transpose
 
 Product = Callable[[PyTree], PyTree]
@@ -46,6 +46,7 @@ def hvp(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Product]:
         >>> product({"w": torch.tensor([3.0])})
         {'w': tensor([6.])}
     """
+    loss = checked_loss(loss)
 
     def made(params: PyTree, batch: Any) -> Product:
         inputs, targets = batch
@@ -115,6 +116,7 @@ def fisher_vp(fn: Model, loss: Loss, estimator: Estimator | None = None) -> Call
         >>> torch.equal(product(params)["weight"], product(params)["weight"])
         True
     """
+    loss = checked_loss(loss)
 
     def made(
         params: PyTree,
@@ -159,6 +161,7 @@ def ggn_factor(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Factor]:
         >>> torch.allclose(both["bias"], kf.products.ggn_vp(fn, kf.losses.mse())(params, batch)(params)["bias"])
         True
     """
+    loss = checked_loss(loss)
 
     def made(params: PyTree, batch: Any) -> Factor:
         inputs, targets = batch

@@ -21,7 +21,7 @@ from kfac_func._errors import HyperparameterError, explain
 from kfac_func._typing import Model, Progress, PyTree, shown
 from kfac_func.blocks import Pairs
 from kfac_func.linalg.gram import gram, summed_gram
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 from kfac_func.products.rows import ExampleRows, Pass, Route, passes, plans, whole
 from kfac_func.products.sources import once, own_scores, unit_vectors
 
@@ -54,7 +54,7 @@ def per_example_gram(
         >>> kf.products.per_example_gram(fn, kf.losses.mse())(params, batch).shape
         torch.Size([5, 5])
     """
-
+    loss = checked_loss(loss)
     read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def products(params: PyTree, batch: Batch, other: Batch | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, explain
 from kfac_func._typing import Progress, PyTree, shown
 from kfac_func.capture import batch_size, rereadable
-from kfac_func.losses import Loss, example_weight
+from kfac_func.losses import Loss, checked_loss, example_weight
 from kfac_func.products.curvature import Product
 
 
@@ -49,6 +49,7 @@ def accumulate(
         >>> product({"weight": torch.ones(2, 3), "bias": None})["weight"][0]
         tensor([1.8750, 1.8750, 1.8750])
     """
+    loss = checked_loss(loss)
     rereadable(batches, "every product goes through all of them")
     seed = None if generator is None else _seed(generator)
 

@@ -27,7 +27,7 @@ from kfac_func.blocks import matrices, squares_of, unpack
 from kfac_func.capture import batch_size
 from kfac_func.estimators import Estimator, exact
 from kfac_func.linalg.gram import squared_norms
-from kfac_func.losses import Loss, example_weight
+from kfac_func.losses import Loss, checked_loss, example_weight
 from kfac_func.products.rows import ExampleRows, Route, example_rows, passes, plans, whole
 from kfac_func.products.sources import estimated, once, own_scores, unit_vectors
 
@@ -59,7 +59,7 @@ def per_example_grads(
         >>> grads["weight"].shape
         torch.Size([5, 2, 3])
     """
-
+    loss = checked_loss(loss)
     read = partial(example_rows, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def grads(params: PyTree, batch: Batch) -> PyTree:
@@ -96,7 +96,7 @@ def per_example_norms(
         >>> kf.products.per_example_norms(fn, kf.losses.mse())(params, (torch.ones(5, 3), torch.zeros(5, 2))).shape
         torch.Size([5])
     """
-
+    loss = checked_loss(loss)
     read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
     def norms(params: PyTree, batch: Batch) -> Any:
@@ -186,6 +186,7 @@ def fisher_diagonal(
         >>> diagonal(params, (torch.ones(5, 3), torch.zeros(5, 2)))["bias"]
         tensor([1., 1.])
     """
+    loss = checked_loss(loss)
     source = exact() if estimator is None else estimator
     read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 
@@ -238,6 +239,7 @@ def per_example_traces(
         >>> traces(params, (torch.ones(5, 3), torch.zeros(5, 2)))
         tensor([8., 8., 8., 8., 8.])
     """
+    loss = checked_loss(loss)
     source = exact() if estimator is None else estimator
     read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
 

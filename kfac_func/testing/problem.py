@@ -15,7 +15,7 @@ from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import pack
 from kfac_func.capture import batch_size, make_plan
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 
 CHUNK = 64  # backward passes that are made at once
 ROWS = 512  # rows that are multiplied at once
@@ -48,6 +48,7 @@ class Problem(NamedTuple):
 
 def opened(fn: Model, loss: Loss, params: PyTree, batch: tuple[Any, Tensor], blocks: bool, limit: int) -> Problem:
     """Linearise the model at a batch, and say which rows are wanted. Raises what `dense_ggn` says."""
+    loss = checked_loss(loss)
     inputs, targets = batch
     examples = batch_size(inputs)
     _differentiable(params)
