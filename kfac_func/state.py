@@ -39,6 +39,7 @@ class Options(NamedTuple):
 class Rules(NamedTuple):
     """What is static about a state: the curvature, the options, and (after the first statistics) the blocks and all
     leaf paths. `decayed`: the leaves that the l2 term covers. `patterns`: that of a damping by path for every block.
+    `name`: that of the curvature, which files keep.
     """
 
     curvature: Any  # a Curvature, None after loading from a file
@@ -48,6 +49,7 @@ class Rules(NamedTuple):
     unclaimed: tuple[tuple[str, str], ...] = ()
     decayed: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
+    name: str = ""
 
     def __reduce__(self) -> tuple:
         """Functions do not go into files: after loading, the first `update` puts the curvature back."""

@@ -79,6 +79,13 @@ class Layout(NamedTuple):
         weight = 0 if self.weight is None else prod(self.shape) // (self.groups * self.outputs)
         return weight + (self.bias is not None)
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of V."""
+        if not self.matrix:
+            return (self.outputs,)
+        return (*[self.groups] * (self.groups > 1), self.outputs, self.columns)
+
 
 class Where(NamedTuple):
     """Where a use keeps the examples: dimension `dim` has `fold` consecutive entries per example; None: not at all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,16 @@ def pack(layout: Layout, leaves: dict[str, Tensor]) -> Tensor:
                     options="pass gradients with the structure of the parameters that the statistics were taken on",
                 )
             )
+    count = sum(leaves[path].numel() for path in layout.leaves)
+    if count != prod(layout.size):
+        raise TreeMismatchError(
+            explain(
+                f"the leaves of block {layout.name!r} are not those that the statistics were taken on.",
+                got=", ".join(f"{path!r} of shape {list(leaves[path].shape)}" for path in layout.leaves),
+                wanted=f"{prod(layout.size)} numbers, V {list(layout.size)}",
+                options="gradients of the model that the state has seen; or a new state",
+            )
+        )
     if not layout.matrix:
         return torch.cat([leaves[path].reshape(-1) for path in layout.leaves])
     lead = (layout.groups, layout.outputs) if layout.groups > 1 else (layout.outputs,)

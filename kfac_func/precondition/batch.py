@@ -131,11 +131,18 @@ def _check_layouts(parts: Sequence[Stats], known: tuple[Layout, ...]) -> None:
             raise StateError(
                 explain(
                     "the statistics describe other blocks than the state.",
-                    got=", ".join(layout.name for layout in part.rules.value.layouts),
-                    wanted=", ".join(layout.name for layout in known),
+                    got=_listed(part.rules.value.layouts, known),
+                    wanted=_listed(known, part.rules.value.layouts),
                     options="use one model and one `unclaimed` setting per state",
                 )
             )
+
+
+def _listed(blocks: tuple[Layout, ...], others: tuple[Layout, ...]) -> str:
+    """The blocks that the others lack, and how they are made."""
+    odd = [at for at in blocks if at not in others]
+    some = [f"{' + '.join(map(repr, at.leaves))} ({at.kind}, V {list(at.size)})" for at in odd[:5]]
+    return ", ".join(some + ["…"] * (len(odd) > 5)) or f"{len(blocks)} blocks, in another order"
 
 
 def witnesses(tree: PyTree) -> PyTree:

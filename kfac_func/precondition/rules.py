@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,27 @@ def curvature_of(state: KFacState) -> Curvature:
 
 
 def attached(state: KFacState, curvature: Curvature) -> KFacState:
-    """A state with its curvature: the one it has, or after loading from a file the one given."""
+    """A state with its curvature: the one it has, or after loading from a file the one given.
+
+    Raises StateError when it was made by another: options of a structure may change, the structure may not.
+    """
     rules: Rules = state.rules.value
+    if rules.curvature is not curvature and rules.name and _kinds(rules.name) != _kinds(curvature.name):
+        raise StateError(
+            explain(
+                "the state was made by another curvature.",
+                got=rules.name,
+                wanted=curvature.name,
+                why="averages of one mean nothing to another",
+                options="the transformation that made the state; or a new state, tx.init(params)",
+            )
+        )
     return state if rules.curvature is not None else state._replace(rules=Static(rules._replace(curvature=curvature)))
+
+
+def _kinds(name: str) -> str:
+    """The structures in a name, without their options."""
+    return re.sub(r"\[[^][]*\]", "", name)
 
 
 def met(rules: Rules, stats: StatsRules) -> Rules:

@@ -45,7 +45,8 @@ def preconditioner(
         }
         weights = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("weight", "scale_weight")}
         covered = selected(l2_mask, params) if options.l2 or l2_mask is not None else {}
-        rules = Rules(curvature, options, decayed=tuple(path for path, meant in covered.items() if meant))
+        decayed = tuple(path for path, meant in covered.items() if meant)
+        rules = Rules(curvature, options, decayed=decayed, name=curvature.name)
         return KFacState(
             step=zero_count(),
             **counts,

@@ -48,6 +48,13 @@ def shared() -> None:
     kf.observe(kf.kfac(C.full()).init(params), stats)
 
 
+def crossed(update: Callable[[Any, Any], Any]) -> Callable[[], Any]:
+    """What becomes of the state of kfac() after one batch."""
+    return lambda: update(learned(C.kronecker())(), PARAMS)
+
+
+WIDE = PARAMS | {"0.weight": torch.ones(3, 3)}
+MISMATCH = errors.TreeMismatchError
 MOMENTS = C.blockwise(C.eigen()).measure
 
 CASES = {
@@ -95,6 +102,12 @@ CASES = {
     "centred chunks": Case(
         learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
         HYPER, "centred", "leave `measure=`",
+    ),
+    "another curvature": Case(
+        crossed(lambda state, grads: kf.ekfac().update(grads, state)), STATE, "another curvature", "tx.init(params)"
+    ),
+    "another width": Case(
+        crossed(lambda state, _: kf.precondition(state, WIDE)), MISMATCH, "'0.weight' of shape [3, 3]", "a new state"
     ),
     "moments already": Case(learned(C.eigen(), measure=MOMENTS), STATE, "eigen", "leave `measure=` out"),
 }  # fmt: skip

@@ -169,6 +169,64 @@ def test_states_and_trees_of_another_model_are_refused():
         kf.precondition(state, grads | {"9.weight": x})
 
 
+def of_width(width: int) -> tuple[dict, Any, kf.Stats]:
+    torch.manual_seed(0)
+    fn, params = kf.make_functional(nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 4)))
+    _, grads, stats = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.empirical())(params, (X, Y))
+    assert stats is not None
+    return params, grads, stats
+
+
+@pytest.mark.parametrize("make", [kf.kfac, kf.ekfac, kf.exact_natural_gradient])
+def test_another_width_is_told_by_leaf_and_shape(make):
+    (params, _, own), (_, grads, stats) = of_width(8), of_width(9)
+    tx = make(damping=0.1)
+    state = kf.observe(tx.init(params), own)
+    with pytest.raises(StateError, match="other blocks") as caught:
+        tx.update(grads, state, stats=stats)
+    got, wanted = (line.split(None, 1)[1] for line in str(caught.value).splitlines()[1:3])
+    assert got == (
+        "'0.weight' + '0.bias' (linear, V [9, 4]), '1.weight' + '1.bias' (layer_norm, V [18]), "
+        "'2.weight' + '2.bias' (linear, V [4, 10])"
+    )
+    assert wanted == got.replace("[9, 4]", "[8, 4]").replace("[18]", "[16]").replace("[4, 10]", "[4, 9]")
+    for call in (lambda: tx.update(grads, state), lambda: kf.precondition(state, grads)):
+        with pytest.raises(TreeMismatchError, match=r"'0.weight' of shape \[9, 3\](.|\n)*V \[8, 4\]"):
+            call()
+
+
+def stored(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+OTHERS = {"ekfac": kf.ekfac, "kpsvd": kf.kpsvd, "diagonal": lambda: kf.kfac(kf.curvature.diagonal())}
+
+
+@pytest.mark.parametrize("file", [False, True], ids=["in memory", "from a file"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_another_recipe_is_refused(name, file):
+    params, grads, stats = of_width(8)
+    tx, other = (kf.chain(one, kf.sgd(0.1)) for one in (kf.kfac(), OTHERS[name]()))
+    for state in (tx.init(params), tx.update(grads, tx.init(params), params, stats=stats)[1]):
+        with pytest.raises(StateError, match="another curvature") as caught:
+            other.update(grads, stored(state) if file else state, params, stats=stats)
+        assert "got      blockwise(kronecker[cholesky], diagonal)" in str(caught.value)
+
+
+def test_options_of_a_structure_may_change():
+    params, grads, stats = of_width(8)
+    _, state = kf.kfac().update(grads, kf.kfac().init(params), params, stats=stats)
+    one, two = (kf.kfac(kf.curvature.kronecker(solver)) for solver in ("cholesky", "eigh"))
+    wanted, _ = one.update(grads, stored(state), params, refresh=True)
+    found, after = two.update(grads, stored(state), params, refresh=True)
+    assert after.rules.value.curvature.name == "blockwise(kronecker[eigh], diagonal)"
+    for path, leaf in wanted.items():
+        torch.testing.assert_close(found[path], leaf, rtol=1e-3, atol=1e-5)
+
+
 NO_STATE = [(), {"a": torch.ones(1)}, kf.sgd(0.1, momentum=0.9).init({"w": torch.ones(1)})]
 
 
