@@ -1,7 +1,8 @@
 """Scale and shift of layer, RMS, group and (in eval mode) batch normalisation: y = x̂ ∘ γ + β.
 
 A vector block: the gradient of one example is V_n = [Σ_s g∘x̂ | Σ_s g], summed over positions before anything is
-squared, so its diagonal is exact. The recorded input is x̂ itself.
+squared, so its diagonal is exact. The recorded input is x̂ itself, of half-precision inputs in float32: rounded, it
+would lose more than torch's own kernels do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def _sum_positions(x: Tensor, options: tuple, lead: int) -> Tensor:
 
 def _per_example(x: Tensor, g: Tensor, options: tuple) -> Tensor:
     _, _, scale, shift = options
+    g = g.to(x.dtype)
     parts = [_sum_positions(g * x, options, 2)] if scale else []
     return torch.cat([*parts, _sum_positions(g, options, 2)] if shift else parts, dim=-1)
 
@@ -56,19 +58,23 @@ def _found(call: Call, name: str, weight: object, bias: object, normalized: Tens
     )
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.itemsize < 4 else x
+
+
 def _layer_norm(call: Call) -> Found | None:
     x, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps", eps=1e-5)
-    return _found(call, "layer_norm", weight, bias, F.layer_norm(x, shape, eps=eps), channels=False)
+    return _found(call, "layer_norm", weight, bias, F.layer_norm(_wide(x), shape, eps=eps), channels=False)
 
 
 def _rms_norm(call: Call) -> Found | None:
     x, shape, weight, eps = call.bind("input", "normalized_shape", "weight", "eps")
-    return _found(call, "rms_norm", weight, None, F.rms_norm(x, shape, eps=eps), channels=False)
+    return _found(call, "rms_norm", weight, None, F.rms_norm(_wide(x), shape, eps=eps), channels=False)
 
 
 def _group_norm(call: Call) -> Found | None:
     x, groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps", eps=1e-5)
-    return _found(call, "group_norm", weight, bias, F.group_norm(x, groups, eps=eps), channels=True)
+    return _found(call, "group_norm", weight, bias, F.group_norm(_wide(x), groups, eps=eps), channels=True)
 
 
 def _batch_norm(call: Call) -> Found | None:
@@ -85,7 +91,8 @@ def _batch_norm(call: Call) -> Found | None:
             "the statistics mix the examples of the batch (and running statistics are written)",
             "call .eval() on the normalisation, or use GroupNorm or LayerNorm",
         )
-    return _found(call, "batch_norm", weight, bias, F.batch_norm(x, mean, variance, eps=eps), channels=True)
+    normalized = F.batch_norm(_wide(x), _wide(mean), _wide(variance), eps=eps)
+    return _found(call, "batch_norm", weight, bias, normalized, channels=True)
 
 
 handlers: dict[object, Handler] = {
