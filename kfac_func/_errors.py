@@ -10,6 +10,9 @@ why, and the ways out:
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 def explain(what: str, **lines: object) -> str:
     """Lay out an error message: a sentence, then one aligned line per keyword that is not None.
@@ -66,6 +69,18 @@ class StateError(KFacError, RuntimeError):
 
 class MissingPackageError(KFacError, ImportError):
     """An optional package that a function needs is not installed."""
+
+
+class KFacWarning(UserWarning):
+    """Something that is allowed and hardly meant; said once."""
+
+
+def warn(message: str) -> None:
+    """Warn whoever called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, KFacWarning, stacklevel=level)
 
 
 def at_least(low: int, **options: int | None) -> None:

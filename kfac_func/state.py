@@ -156,7 +156,7 @@ def describe(state: PyTree) -> str:
     rows = [("block", "kind", "V", "memory", "leaves")]
     for layout in rules.layouts:
         size = f"{layout.groups}x{layout.outputs}" if layout.groups > 1 else str(layout.outputs)
-        held = _megabytes(_of(inner.curvature, layout.name), _of(inner.factored, layout.name))
+        held = _megabytes(*(of_block(part, layout.name) for part in (inner.curvature, inner.factored)))
         size = ("o=" if layout.matrix else "p=") + size
         rows.append((layout.name, layout.kind, size, held, " + ".join(layout.leaves)))
     covered = {path for layout in rules.layouts for path in layout.leaves}
@@ -169,11 +169,11 @@ def describe(state: PyTree) -> str:
     return "\n".join([*lines, f"memory: {total}, of which averages {averages}"])
 
 
-def _of(things: Any, block: str) -> list[Any]:
+def of_block(things: Any, block: str) -> list[Any]:
     """What a tree holds for a block: the entries of that name in its dictionaries."""
     if isinstance(things, dict):
         return [things[block]] if block in things else []
-    return [one for part in things for one in _of(part, block)] if isinstance(things, tuple) else []
+    return [one for part in things for one in of_block(part, block)] if isinstance(things, tuple) else []
 
 
 def _megabytes(*trees: Any) -> str:

@@ -13,6 +13,7 @@ from kfac_func import _tree
 from kfac_func._tracing import at_hand, readable
 from kfac_func._tree import Static
 from kfac_func.precondition.batch import Observed, all_finite
+from kfac_func.precondition.notices import rejected_at_first
 from kfac_func.precondition.rules import block_damping, curvature_of, met
 from kfac_func.state import KFacState
 
@@ -20,6 +21,7 @@ from kfac_func.state import KFacState
 def absorbed(state: KFacState, seen: Observed) -> KFacState:
     """One step of the moving averages; a batch that is not finite changes nothing but `rejected`."""
     if state.curvature == () and readable(seen.finite) and not seen.finite:  # nothing was observed, and still is not
+        rejected_at_first(state.rejected + 1)
         return state._replace(rejected=state.rejected + 1)
     rules = met(state.rules.value, seen.rules)
     weight, fraction = _next(state, state.observed, state.weight, seen.finite)

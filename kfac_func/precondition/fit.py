@@ -26,6 +26,7 @@ from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
 from kfac_func.precondition.averages import factorized, refreshed
 from kfac_func.precondition.batch import Observed
+from kfac_func.precondition.notices import wide
 from kfac_func.precondition.rules import curvature_of, met
 from kfac_func.precondition.settings import link
 from kfac_func.precondition.transform import Damping
@@ -112,6 +113,7 @@ def fit_curvature(
         _whole(state, own.name)
     if state.curvature == ():
         raise BatchError(explain("there is no batch.", options="pass at least one (inputs, targets)"))
+    wide(state)
     state = refreshed(state)
     if own.scales:
         for seen, share in looks("the scalings", partial(_answers, own, state.curvature)):

@@ -20,6 +20,7 @@ from kfac_func.curvature import Curvature
 from kfac_func.estimators import Stats
 from kfac_func.precondition.averages import absorbed, factorized, refreshed, scaled
 from kfac_func.precondition.batch import Observed, rows_of, speaking
+from kfac_func.precondition.notices import Streak, unseen, wide
 from kfac_func.precondition.periods import refresh_due, scale_due
 from kfac_func.precondition.rules import attached, curvature_of, leaf_damping
 from kfac_func.state import KFacState, Options, Rules, inside, the_one
@@ -36,6 +37,8 @@ def preconditioner(
     curvature: Curvature, damping: Damping, decay: ScalarOrSchedule, options: Options, l2_mask: Mask | None = None
 ) -> GradientTransformation:
     """The transformation behind `kfac()`: absorb statistics, refresh the factorisation when due, solve."""
+
+    streak = Streak()
 
     def init(params: PyTree) -> KFacState:
         device = next((leaf.device for leaf in _tree.leaves(params)), torch.device("cpu"))
@@ -73,9 +76,10 @@ def preconditioner(
         **extra: Any,
     ) -> tuple[PyTree, KFacState]:
         del params, inplace, extra
-        state = attached(state, curvature)
-        state = _scheduled(state, damping, decay)
+        before = state = _scheduled(attached(state, curvature), damping, decay)
         state = _advanced(state, stats, refresh, scale)
+        unseen(state)
+        streak.follow(before, state)
         if trail is not None:
             trail.covector, trail.damping = updates, leaf_damping(state)
         return _solved(state, updates, rows_of(stats, updates)), state._replace(step=state.step + 1)
@@ -94,6 +98,8 @@ def _advanced(
     if state.curvature == ():
         return state
     first = state.factored == ()
+    if first:
+        wide(state)
     due = first or refresh_due(state, refresh)
     some = due if isinstance(due, frozenset) else None
     kept = state.factored if some is not None or not due else ()
