@@ -71,6 +71,9 @@ def _embedding(call: Call) -> Found | None:
                 f"build the embedding without {name}",
             )
     out = call.run()
+    if out.numel() == 0:
+        why = "there are no rows, so nothing can be said about its curvature"
+        raise refuse(ref.path, "embedding", f"an output {list(out.shape)}", why, "leave the empty embedding out")
     if padding is not None and padding < 0:
         padding += weight.shape[0]
     hidden = None if padding is None or padding < 0 else (tokens == padding).unsqueeze(-1)

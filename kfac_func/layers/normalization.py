@@ -7,6 +7,8 @@ would lose more than torch's own kernels do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,19 +41,24 @@ normalization = Kind("normalization", _gradient, per_example=_per_example)
 """`options` = (parameter along dimension 1?, number of parameter dimensions, has a scale, has a shift)."""
 
 
-def _found(call: Call, name: str, weight: object, bias: object, normalized: Tensor, channels: bool) -> Found | None:
+def _found(
+    call: Call, name: str, weight: object, bias: object, normalized: Callable[[], Tensor], channels: bool
+) -> Found | None:
     scale, shift = ref_of(call, weight), ref_of(call, bias)
     own: Ref | None = scale or shift
     if own is None:
         return None
     out = call.run()
     p = torch.Size(own.shape).numel()
+    if p == 0:
+        why = "there are no numbers in it, so nothing can be said about its curvature"
+        raise refuse(own.path, name, f"a parameter {list(own.shape)}", why, "leave the empty normalisation out")
     return Found(
         kind=normalization._replace(name=name),
         options=(channels, len(own.shape), scale is not None, shift is not None),
         weight=scale,
         bias=shift,
-        inputs=normalized,
+        inputs=normalized(),
         output=out,
         positions=out.numel() // p,
         outputs=p * ((scale is not None) + (shift is not None)),
@@ -64,17 +71,17 @@ def _wide(x: Tensor) -> Tensor:
 
 def _layer_norm(call: Call) -> Found | None:
     x, shape, weight, bias, eps = call.bind("input", "normalized_shape", "weight", "bias", "eps", eps=1e-5)
-    return _found(call, "layer_norm", weight, bias, F.layer_norm(_wide(x), shape, eps=eps), channels=False)
+    return _found(call, "layer_norm", weight, bias, lambda: F.layer_norm(_wide(x), shape, eps=eps), channels=False)
 
 
 def _rms_norm(call: Call) -> Found | None:
     x, shape, weight, eps = call.bind("input", "normalized_shape", "weight", "eps")
-    return _found(call, "rms_norm", weight, None, F.rms_norm(_wide(x), shape, eps=eps), channels=False)
+    return _found(call, "rms_norm", weight, None, lambda: F.rms_norm(_wide(x), shape, eps=eps), channels=False)
 
 
 def _group_norm(call: Call) -> Found | None:
     x, groups, weight, bias, eps = call.bind("input", "num_groups", "weight", "bias", "eps", eps=1e-5)
-    return _found(call, "group_norm", weight, bias, F.group_norm(_wide(x), groups, eps=eps), channels=True)
+    return _found(call, "group_norm", weight, bias, lambda: F.group_norm(_wide(x), groups, eps=eps), channels=True)
 
 
 def _batch_norm(call: Call) -> Found | None:
@@ -91,7 +98,10 @@ def _batch_norm(call: Call) -> Found | None:
             "the statistics mix the examples of the batch (and running statistics are written)",
             "call .eval() on the normalisation, or use GroupNorm or LayerNorm",
         )
-    normalized = F.batch_norm(_wide(x), _wide(mean), _wide(variance), eps=eps)
+
+    def normalized() -> Tensor:
+        return F.batch_norm(_wide(x), _wide(mean), _wide(variance), eps=eps)
+
     return _found(call, "batch_norm", weight, bias, normalized, channels=True)
 
 

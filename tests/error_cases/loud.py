@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kfac_func as kf
 from kfac_func import errors
@@ -17,7 +17,7 @@ from tests.error_cases import Case
 FN, PARAMS = kf.make_functional(nn.Linear(3, 2))
 STEP: Any = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact())
 BATCH = torch.arange(12.0).reshape(4, 3), torch.zeros(4, 2)
-STATE, HYPER = errors.StateError, errors.HyperparameterError
+STATE, HYPER, CAPTURE = errors.StateError, errors.HyperparameterError, errors.CaptureError
 
 
 def homeless() -> None:
@@ -42,7 +42,20 @@ PRODUCTS = ("hvp", "ggn_vp", "fisher_vp", "ggn_factor", "fisher_forms", "kl_quad
 PER_EXAMPLE = ("per_example_grads", "per_example_norms", "per_example_gram", "fisher_diagonal", "per_example_traces")
 TAKERS = (*PRODUCTS, *PER_EXAMPLE, "accumulate", "scores", "self_influence", "fit", "dense_ggn")
 
+
+def empty(module: nn.Module, x: Tensor) -> Callable[[], Any]:
+    fn, params = kf.make_functional(nn.Sequential(module))
+    return lambda: kf.make_plan(lambda p, x: fn(p, x).flatten(1).sum(1, keepdim=True), params, x)
+
+
 CASES = {
+    "an embedding of no tokens": Case(
+        empty(nn.Embedding(5, 3), torch.zeros(4, 0, dtype=torch.long)), CAPTURE, "'0.weight'", "leave the empty"
+    ),
+    "an embedding of no width": Case(
+        empty(nn.Embedding(5, 0), torch.zeros(4, 2, dtype=torch.long)), CAPTURE, "[2, 2, 0]", "leave the empty"
+    ),
+    "an empty normalisation": Case(empty(nn.LayerNorm(0), torch.zeros(4, 0)), CAPTURE, "parameter [0]", "leave the"),
     **{
         f"a loss of torch in {name}": Case(takes(name), HYPER, "CrossEntropyLoss()", "kf.losses.cross_entropy()")
         for name in TAKERS
