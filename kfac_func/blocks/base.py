@@ -76,7 +76,7 @@ class Layout(NamedTuple):
     @property
     def columns(self) -> int:
         """i (+ 1 with a bias), the columns of a matrix block per group."""
-        weight = 0 if self.weight is None else prod(self.shape) // (self.groups * self.outputs)
+        weight = 0 if self.weight is None else prod(self.shape) // max(1, self.groups * self.outputs)
         return weight + (self.bias is not None)
 
     @property
@@ -85,6 +85,11 @@ class Layout(NamedTuple):
         if not self.matrix:
             return (self.outputs,)
         return (*[self.groups] * (self.groups > 1), self.outputs, self.columns)
+
+    @property
+    def empty(self) -> bool:
+        """Whether V has no numbers at all (no outputs, or no inputs and no bias), so that there is nothing to solve."""
+        return prod(self.size) == 0
 
 
 class Where(NamedTuple):
