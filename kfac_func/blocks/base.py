@@ -106,7 +106,8 @@ class Kind(NamedTuple):
     output_rows(g, options) -> [V, B, S, (q), o]    the output gradients
     gradient(x, g, options) -> [(q), o, i] or [p]   Σ over all examples for one output vector (matrix kinds: without
                                                     the bias)
-    moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ
+    moment(x, options, bias) -> Factor              Σ_b Σ_s ā āᵀ; of the rows `kept` [B·S] alone, for kinds without a
+                                                    kernel
     per_example(x, g, options) -> [V, B, p]         vector kinds only: the gradients V_n of scale and shift
     kept(x, options) -> [B, S] of bool              matrix kinds with padding: the rows that are not padding
     offsets(options) -> K                           matrix kinds with a kernel: i = C·K columns in the order (C, K)
@@ -142,11 +143,14 @@ class UseRule(NamedTuple):
 
 
 class Use(NamedTuple):
-    """One use: the layer's input and the gradients [V, *output] (None: no output vectors, `forward_only`)."""
+    """One use: the layer's input and the gradients [V, *output] (None: no output vectors, `forward_only`). `kept`: the
+    rows [B, S] that count, where the loss ignores positions; None: all.
+    """
 
     inputs: Tensor
     grads: Tensor | None
     rule: UseRule
+    kept: Tensor | None = None
 
 
 class Block(NamedTuple):

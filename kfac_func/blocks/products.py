@@ -93,9 +93,10 @@ def _kept(block: Block, use: Use, like: Tensor) -> Tensor:
     """Rows of one example that are not padding."""
     if block.sharing == "reduce":
         return torch.ones_like(like)
-    if use.rule.kind.kept is None:
+    kept = kept_rows(use)
+    if kept is None:
         return torch.full_like(like, float(use.rule.positions))
-    return kept_rows(use).sum().to(like.dtype) / _batch(block, use)
+    return kept.sum().to(like.dtype) / _batch(block, use)
 
 
 def _input_sums(block: Block, use: Use, pattern: Pattern) -> tuple[Factor, Any]:
@@ -104,13 +105,15 @@ def _input_sums(block: Block, use: Use, pattern: Pattern) -> tuple[Factor, Any]:
     form = _input_form(block, use, pattern)
     direct = kind.moment if block.sharing == "expand" and (kind.diagonal or form == Form()) else None
     centred = _centred(pattern, "input")
-    if direct is not None and not centred:
-        return direct(examples_first(use.inputs, use.rule.where), options, bias), ()
-    rows = input_rows(use, block.sharing).flatten(0, 1)
-    first = rows.sum(dim=0, keepdim=True) if centred else ()
-    if direct is not None:
-        return direct(examples_first(use.inputs, use.rule.where), options, bias), first
-    return moment(with_constant(rows, bias), form), first
+    whole = [] if use.kept is None or block.sharing == "reduce" else [use.kept.flatten()]
+    second = None if direct is None else direct(examples_first(use.inputs, use.rule.where), options, bias, *whole)
+    if second is not None and not centred:
+        return second, ()
+    rows = with_constant(input_rows(use, block.sharing).flatten(0, 1), bias)
+    for kept in whole:
+        rows = rows * kept.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+    first = rows[..., : rows.shape[-1] - bias].sum(dim=0, keepdim=True) if centred else ()
+    return moment(rows, form) if second is None else second, first
 
 
 def _input_form(block: Block, use: Use, pattern: Pattern) -> Form:

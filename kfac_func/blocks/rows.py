@@ -43,17 +43,20 @@ def input_rows(use: Use, sharing: str) -> Tensor:
     rows = precise(_unfold_examples(rows, rule.where))
     if sharing == "expand":
         return rows
-    if rule.kind.kept is None:
+    kept = kept_rows(use)
+    if kept is None:
         return rows.mean(dim=1, keepdim=True)
-    kept = kept_rows(use).sum(dim=1).clamp(min=1).to(rows.dtype)
-    return rows.sum(dim=1, keepdim=True) / kept.reshape(-1, *[1] * (rows.ndim - 1))
+    kept = kept.to(rows.dtype).reshape(*kept.shape, *[1] * (rows.ndim - 2))
+    return (rows * kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def kept_rows(use: Use) -> Tensor:
-    """The rows [B, S] of a use that are not padding, for kinds that know padding."""
+def kept_rows(use: Use) -> Tensor | None:
+    """The rows [B, S] of a use that are not padding; None when all count."""
     rule = use.rule
-    assert rule.kind.kept is not None
-    return _unfold_examples(rule.kind.kept(examples_first(use.inputs, rule.where), rule.options), rule.where)
+    if rule.kind.kept is None:
+        return use.kept
+    own = _unfold_examples(rule.kind.kept(examples_first(use.inputs, rule.where), rule.options), rule.where)
+    return own if use.kept is None else own & use.kept
 
 
 def output_rows(use: Use, sharing: str) -> Tensor:

@@ -13,6 +13,7 @@ A loss that averages over d outputs has its 1/d inside Λ and c already, because
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from kfac_func.capture import (
     rules_of,
     tensor_of,
 )
+from kfac_func.estimators.counting import counted
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
 from kfac_func.losses import Loss, example_weight
@@ -123,13 +125,15 @@ def value_grad_and_stats(
         rules = StatsRules(plan, layouts_of(plan, run.rest), run.examples, sharing, silent=not stats)
         if rules.silent:
             return value, grads, Stats((), (), {}, (), known, Static(rules))
+        kept = counted(loss, run.outputs, targets, plan, own)
         mine = Chunk(own, rest) if source.own else None
         del own, rest  # as large as all activations
         chunks = _chunks(source, loss, run, targets, mine, generator, noise, plan)
+        gather = partial(_gathered, run, Static(rules), kept)
         if measure is not None:
-            found = _measured(measure, chunks, source.chunks(loss, run.outputs), run, Static(rules))
+            found = _measured(measure, chunks, source.chunks(loss, run.outputs), gather)
         else:
-            found = _gathered(list(chunks), run, Static(rules))
+            found = gather(list(chunks))
         return value, grads, found._replace(gradient=known)
 
     return step
@@ -214,15 +218,15 @@ def _chunks(
         yield Chunk(*run.pulled(c))
 
 
-def _gathered(chunks: list[Chunk], run: Record, rules: Static[StatsRules]) -> Stats:
+def _gathered(run: Record, rules: Static[StatsRules], kept: dict[str, Tensor], chunks: list[Chunk]) -> Stats:
     plan = rules.value.plan
     diagonal = [path for path, policy in plan.unclaimed if policy == "diagonal"]
     if not chunks:
         none = {path: run.rest[path].new_zeros(0, *run.rest[path].shape) for path in diagonal}
-        return Stats(run.inputs, (), none, (), {}, rules)
+        return Stats(run.inputs, (), none, (), {}, rules, kept)
     taps = tuple(_joined([chunk.taps[k] for chunk in chunks]) for k in range(len(plan.taps)))
     rest = {path: _joined([chunk.rest[path] for chunk in chunks]) for path in diagonal}
-    return Stats(run.inputs, taps, rest, (), {}, rules)
+    return Stats(run.inputs, taps, rest, (), {}, rules, kept)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -230,15 +234,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _measured(
-    measure: Callable[..., Any], chunks: Iterator[Chunk], k: int, run: Record, rules: Static[StatsRules]
+    measure: Callable[..., Any], chunks: Iterator[Chunk], k: int, gather: Callable[[list[Chunk]], Stats]
 ) -> Stats:
     """Moments are means, so k chunks whose vectors are scaled by √k average to the moments of all vectors."""
+    moments, rules = None, None
     if k == 0:
-        return Stats((), (), {}, measure(_gathered([], run, rules).blocks()), {}, rules)
-    moments = None
+        stats = gather([])
+        return Stats((), (), {}, measure(stats.blocks()), {}, stats.rules)
     for chunk in chunks:
         larger = Chunk(tuple(k**0.5 * g for g in chunk.taps), {path: k**0.5 * g for path, g in chunk.rest.items()})
-        part = measure(_gathered([larger], run, rules).blocks())
+        stats = gather([larger])
+        rules, part = stats.rules, measure(stats.blocks())
         if k > 1 and any(isinstance(m.g_mean, Tensor) for m in _tree.nodes(part, KroneckerState)):
             raise HyperparameterError(
                 explain(
@@ -249,4 +255,5 @@ def _measured(
             )
         part = _tree.tree_map(lambda m: m / k, part)
         moments = part if moments is None else _tree.tree_map(torch.add, moments, part)
+    assert rules is not None
     return Stats((), (), {}, moments, {}, rules)

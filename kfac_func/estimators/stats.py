@@ -39,6 +39,7 @@ class Stats(NamedTuple):
     moments  already measured moments, when `measure` was given (then the others are empty); else ()
     gradient the gradient of the loss as rows, for blocks that are wider than the batch is long: solving for those very
              leaves is cheaper then
+    kept     by number of the tap, the rows [B, S] that count, where the loss ignores positions
     """
 
     inputs: tuple[Tensor, ...]
@@ -47,13 +48,15 @@ class Stats(NamedTuple):
     moments: Any
     gradient: dict[str, Gradient]
     rules: Static[StatsRules]
+    kept: dict[str, Tensor] = {}  # noqa: RUF012  never written
 
     def blocks(self) -> dict[str, Block]:
         """The waist: every block of the batch, by the path of its weight."""
         plan, layouts, examples, sharing, _ = self.rules.value
         found = {}
         for layout, uses in plan.blocks:
-            mine = tuple(Use(self.inputs[k], self.grads[k] if self.grads else None, rule) for k, rule in uses)
+            grads = self.grads or [None] * len(self.inputs)
+            mine = tuple(Use(self.inputs[k], grads[k], rule, self.kept.get(str(k))) for k, rule in uses)
             positions = sum(use.rule.positions for use in mine) if sharing == "expand" else len(mine)
             found[layout.name] = Block(layout, mine, examples, positions, sharing, plan.crossed)
         for layout in layouts[len(plan.blocks) :]:

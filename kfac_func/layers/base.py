@@ -80,19 +80,22 @@ def ref_of(call: Call, value: Any) -> Ref | None:
     return ref if ref is not None and ref.order == tuple(range(len(ref.shape))) else None
 
 
-def border(moment: Tensor, first: Tensor, count: int) -> Tensor:
+def border(moment: Tensor, first: Tensor, count: int | Tensor) -> Tensor:
     """The moment of [a; 1] from Σ a aᵀ, Σ a and the number of rows; group dimensions in front."""
-    bordered = F.pad(moment, (0, 1, 0, 1), value=count)
+    bordered = F.pad(moment, (0, 1, 0, 1))
+    bordered[..., -1, -1] = count
     bordered[..., -1, :-1] = first
     bordered[..., :-1, -1] = first
     return bordered
 
 
-def moment_of_rows(rows: Tensor, bias: bool) -> Tensor:
-    """Σ ā āᵀ of rows [K, i] or [K, q, i], without ever appending the ones."""
+def moment_of_rows(rows: Tensor, bias: bool, kept: Tensor | None = None) -> Tensor:
+    """Σ ā āᵀ of rows [K, i] or [K, q, i], or of those that are kept [K], without ever appending the ones."""
     rows = rows.float() if rows.itemsize < 4 else rows
+    if kept is not None:
+        rows = rows * kept.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
     moment = second_moment(rows)
-    return border(moment, rows.sum(dim=0), rows.shape[0]) if bias else moment
+    return border(moment, rows.sum(dim=0), len(rows) if kept is None else kept.sum()) if bias else moment
 
 
 def kernel_offsets(options: tuple) -> int:
@@ -127,9 +130,9 @@ def _dense_gradient(x: Tensor, g: Tensor, options: tuple) -> Tensor:
     return g.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
-def _dense_moment(x: Tensor, options: tuple, bias: bool) -> Factor:
+def _dense_moment(x: Tensor, options: tuple, bias: bool, kept: Tensor | None = None) -> Factor:
     (grouped,) = options
-    return moment_of_rows(x.flatten(0, -3 if grouped else -2), bias)
+    return moment_of_rows(x.flatten(0, -3 if grouped else -2), bias, kept)
 
 
 dense = Kind("dense", _dense_gradient, _dense_rows, _dense_output_rows, _dense_moment)

@@ -36,12 +36,13 @@ def _gradient(tokens: Tensor, g: Tensor, options: tuple) -> Tensor:
     return zeros.index_add(0, tokens.flatten(), g.flatten(0, -2)).mT
 
 
-def _moment(tokens: Tensor, options: tuple, bias: bool) -> Factor:
+def _moment(tokens: Tensor, options: tuple, bias: bool, kept: Tensor | None = None) -> Factor:
     del bias  # an embedding has none
     size, padding, dtype = options
     flat = tokens.flatten()
     wide = torch.float32 if dtype.itemsize < 4 else dtype
     weights = torch.ones_like(flat, dtype=wide) if padding is None else (flat != padding).to(wide)
+    weights = weights if kept is None else weights * kept
     return Diagonal(weights.new_zeros(size).index_add(0, flat, weights))
 
 

@@ -51,6 +51,7 @@ class Loss(NamedTuple):
     product        (z, targets, vector) -> [N, *out], Λ_n v_n, for products with the Gauss-Newton matrix
     hessian        (z, targets) -> [N, D, D], Λ_n in row-major order of out
     reduction      "mean", "sum" or "batchmean"
+    weights        (z, targets) -> s, broadcastable to z, or a number: 0 where a position is ignored
 
     Every function of targets raises BatchError when z has no examples and TargetError when its arguments do not fit
     each other; `factor` raises HyperparameterError for a range of columns that do not exist. The numbers in a tensor
@@ -69,6 +70,7 @@ class Loss(NamedTuple):
     product: Callable[[Tensor, Tensor, Tensor], Tensor]
     hessian: Callable[[Tensor, Tensor], Tensor]
     reduction: str
+    weights: Callable[[Tensor, Tensor], Tensor | float] = lambda z, targets: 1.0
 
 
 class Family(NamedTuple):
@@ -98,6 +100,9 @@ def assemble(family: Family, reduction: str) -> Loss:
     def opened(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
         family.check(z, targets)
         return widen(z), family.weights(widen(z), targets)
+
+    def weights(z: Tensor, targets: Tensor) -> Tensor | float:
+        return opened(z, targets)[1]
 
     def value(z: Tensor, targets: Tensor) -> Tensor:
         family.check(z, targets)
@@ -143,7 +148,7 @@ def assemble(family: Family, reduction: str) -> Loss:
         return columns.reshape(len(columns), z.shape[0], len(columns)).movedim(0, 2).to(z.dtype)
 
     draws = family.noise_shape, sample, sampled_score
-    return Loss(value, score, *draws, outputs_per_example, factor, root, signs, product, hessian, reduction)
+    return Loss(value, score, *draws, outputs_per_example, factor, root, signs, product, hessian, reduction, weights)
 
 
 def _root(s: Tensor | float) -> Tensor | float:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
+from kfac_func._tracing import settled
 from kfac_func._tree import leaves_with_paths, storable, tree_map
 from kfac_func._typing import PyTree, Scalar, ScalarOrSchedule
 from kfac_func.transforms.keywords import strict
@@ -112,13 +113,14 @@ def counted(fn: Callable[[PyTree, PyTree, Tensor], PyTree]) -> GradientTransform
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Move the parameters: p' = p + u, out of place, in the dtype of p.
 
-    Where u is None the result holds the very parameter that was passed.
+    Where u is None the result holds the very parameter that was passed. A parameter of a module, which requires grad,
+    gives one that does not: no step hangs on the one before.
     Raises TreeMismatchError when the trees differ in structure or in the shape of a leaf.
 
     >>> apply_updates([torch.ones(2), torch.ones(1)], [torch.full((2,), -0.5), None])
     [tensor([0.5000, 0.5000]), tensor([1.])]
     """
-    return keep_missing(params, map_updates(lambda update, param: param + update, updates, params))
+    return keep_missing(params, map_updates(lambda update, param: settled(param) + update, updates, params))
 
 
 def map_updates(fn: Callable[..., Tensor], updates: PyTree, *rest: PyTree) -> PyTree:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kfac_func._errors import HyperparameterError, StateError, explain
+from kfac_func._tracing import settled
+from kfac_func._tree import tree_map
 from kfac_func._typing import PyTree
 from kfac_func.transforms.base import GradientTransformation, identity
 from kfac_func.transforms.keywords import Names, lenient, named, strict, together
@@ -54,7 +56,8 @@ def linked(*members: Any) -> GradientTransformation:
         del inplace
         if not isinstance(state, tuple) or len(state) != len(links):
             raise StateError(_foreign_state(state, f"the tuple of {len(links)} states that init returned"))
-        options = {"trail": Trail(updates), **extra, "params": params, "stats": stats, "inplace": False}
+        own = None if params is None else tree_map(settled, params)
+        options = {"trail": Trail(updates), **extra, "params": own, "stats": stats, "inplace": False}
         states = []
         for link, old in zip(links, state, strict=True):
             updates, new = link.update(updates, old, options)
