@@ -37,7 +37,8 @@ def pack(layout: Layout, leaves: dict[str, Tensor]) -> Tensor:
     lead = (layout.groups, layout.outputs) if layout.groups > 1 else (layout.outputs,)
     parts = []
     if layout.weight is not None:
-        parts.append(leaves[layout.weight].reshape(layout.shape).permute(layout.order).reshape(*lead, -1))
+        columns = layout.columns - (layout.bias is not None)
+        parts.append(leaves[layout.weight].reshape(layout.shape).permute(layout.order).reshape(*lead, columns))
     if layout.bias is not None:
         parts.append(leaves[layout.bias].reshape(*lead, 1))
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

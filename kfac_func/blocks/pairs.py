@@ -61,7 +61,16 @@ def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = 
 
     Raises StateError, in the name of `user`, for a block without rows of its own for every example.
     """
-    found = {name: pairs(block, block.sharing if of_factors else "expand") for name, block in blocks.items()}
+    filled = {name: block for name, block in blocks.items() if not block.layout.empty}
+    found = {name: pairs(block, block.sharing if of_factors else "expand") for name, block in filled.items()}
+    if not found:
+        raise StateError(
+            explain(
+                f"there is no block for {user}.",
+                why="no parameter of the statistics has numbers and curvature",
+                options="kronecker() or another structure, which may have nothing to do",
+            )
+        )
     for name, rows in found.items():
         if rows.left.shape[1] != blocks[name].examples:
             raise StateError(

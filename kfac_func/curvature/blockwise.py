@@ -85,9 +85,8 @@ def _like(factored: Any, v: Tensor | Thin) -> Tensor | Thin:
 
 
 def _split(blocks: dict[str, Block]) -> Blockwise:
-    matrix, vector = (
-        {n: block for n, block in blocks.items() if block.layout.matrix is side} for side in (True, False)
-    )
+    filled = {name: block for name, block in blocks.items() if not block.layout.empty}
+    matrix, vector = ({n: b for n, b in filled.items() if b.layout.matrix is side} for side in (True, False))
     return Blockwise(matrix, vector)
 
 

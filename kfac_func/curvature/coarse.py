@@ -89,7 +89,7 @@ def nicolaides(ones: Vectors) -> Vectors:
 
 def spanned(space: Space, rows: dict[str, Pairs], blocks: dict[str, Block]) -> Vectors:
     """The vectors of a space that needs nothing but the shapes, normalised. Raises StateError for wrong ones."""
-    shapes = {name: _shape(rows[name], block) for name, block in blocks.items()}
+    shapes = {name: _shape(part, blocks[name]) for name, part in rows.items()}
     found = space({name: rows[name].left.new_ones(shape) for name, shape in shapes.items()})
     for name, z in found.items():
         shape = shapes.get(name, ())

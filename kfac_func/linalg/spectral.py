@@ -64,8 +64,8 @@ def elementwise(values: Tensor) -> Spectral:
     tensor([0.5000, 0.3333])
     """
     values = values.unsqueeze(-1) if values.ndim == 1 else values
-    one = torch.ones_like(values)
-    return Spectral(Diagonal(one[..., 0, :]), Diagonal(one[..., 0]), values)
+    a, g = (values.new_ones(values.shape[:-2] + values.shape[dim:][:1]) for dim in (-1, -2))
+    return Spectral(Diagonal(a), Diagonal(g), values)
 
 
 def decomposed(matrix: Tensor) -> Spectral:

@@ -16,7 +16,7 @@ from kfac_func._typing import PyTree
 from kfac_func.blocks import KroneckerState, Layout, Pairs, Thin, add, diagonal_of
 from kfac_func.curvature.base import Batch, Question
 from kfac_func.estimators import Stats
-from kfac_func.precondition.rules import curvature_of
+from kfac_func.precondition.rules import curvature_of, filled
 from kfac_func.state import KFacState
 
 
@@ -125,14 +125,15 @@ def rows_of(stats: Stats | Sequence[Stats] | None, updates: PyTree) -> dict[str,
 def _check_layouts(parts: Sequence[Stats], known: tuple[Layout, ...]) -> None:
     if not parts:
         raise StateError(explain("there are no statistics in the sequence.", options="pass stats=None on such steps"))
-    known = known or parts[0].rules.value.layouts
+    known = known or filled(parts[0].rules.value.layouts)
     for part in parts:
-        if part.rules.value.layouts != known:
+        found = filled(part.rules.value.layouts)
+        if found != known:
             raise StateError(
                 explain(
                     "the statistics describe other blocks than the state.",
-                    got=_listed(part.rules.value.layouts, known),
-                    wanted=_listed(known, part.rules.value.layouts),
+                    got=_listed(found, known),
+                    wanted=_listed(known, found),
                     options="use one model and one `unclaimed` setting per state",
                 )
             )

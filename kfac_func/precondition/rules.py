@@ -10,6 +10,7 @@ from torch import Tensor
 from kfac_func._errors import StateError, explain
 from kfac_func._patterns import first_match, useful
 from kfac_func._tree import Static
+from kfac_func.blocks import Layout
 from kfac_func.curvature import Curvature
 from kfac_func.estimators.stats import StatsRules
 from kfac_func.state import KFacState, Rules
@@ -63,6 +64,11 @@ def _kinds(name: str) -> str:
     return re.sub(r"\[[^][]*\]", "", name)
 
 
+def filled(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    """The blocks that have something to solve for."""
+    return tuple(layout for layout in layouts if not layout.empty)
+
+
 def met(rules: Rules, stats: StatsRules) -> Rules:
     """The rules after statistics: what the blocks are, and which pattern of a damping by path is whose.
 
@@ -70,10 +76,11 @@ def met(rules: Rules, stats: StatsRules) -> Rules:
     """
     if rules.layouts:
         return rules._replace(paths=stats.plan.paths, unclaimed=stats.plan.unclaimed)
-    names, patterns = [layout.name for layout in stats.layouts], rules.options.patterns
+    layouts = filled(stats.layouts)
+    names, patterns = [layout.name for layout in layouts], rules.options.patterns
     useful(patterns, names, "damping")
     own = tuple(first_match(patterns, name, "damping") for name in names) if patterns else ()
-    return rules._replace(layouts=stats.layouts, paths=stats.plan.paths, unclaimed=stats.plan.unclaimed, patterns=own)
+    return rules._replace(layouts=layouts, paths=stats.plan.paths, unclaimed=stats.plan.unclaimed, patterns=own)
 
 
 def block_damping(state: KFacState) -> dict[str, Tensor]:

@@ -89,7 +89,8 @@ def _claimed(subject: Structure | Curvature, setting: Setting) -> dict[str, Bloc
     matrix = isinstance(subject, Structure) and subject.matrix
     wanted = setting.regime.blocks or tuple(setting.blocks)
     missing = [name for name in wanted if name not in setting.blocks]
-    found = {n: block for n, block in setting.blocks.items() if n in wanted and (block.layout.matrix or not matrix)}
+    fit = {n: block for n, block in setting.blocks.items() if block.layout.matrix or not matrix}
+    found = {n: block for n, block in fit.items() if n in wanted and not block.layout.empty}
     if missing or not found:
         raise HyperparameterError(
             explain(

@@ -34,6 +34,15 @@ def places(p: Any, x: Tensor) -> Tensor:
     return F.linear(x, p["w"]) + F.embedding(torch.arange(2), p["e"]).sum(1)
 
 
+def nothing() -> None:
+    params = {"w": torch.ones(2, 0)}
+    run: Callable[..., Any] = kf.value_grad_and_stats(
+        lambda p, x: F.linear(x, p["w"]), kf.losses.mse(), estimator=kf.estimators.exact()
+    )
+    stats = run(params, (torch.ones(4, 0), torch.zeros(4, 2)))[2]
+    kf.observe(kf.kfac(C.full()).init(params), stats)
+
+
 def resized() -> None:
     run: Callable[..., Any] = kf.value_grad_and_stats(FN, kf.losses.mse(), estimator=kf.estimators.exact())
     state = kf.kfac(C.block_diagonal(window=2)).init(PARAMS)
@@ -98,6 +107,7 @@ CASES = {
     "exact damping of roots": Case(learned(C.inverse_free(), split="exact"), HYPER, "inverse_free()", "adaptive=True"),
     "rule": Case(lambda: C.block_diagonal(rule=wrong("lm")), HYPER, "'lm'", "'standard' or 'heuristic'"),
     "window of two sizes": Case(resized, STATE, "one window", "window=1 may change it"),
+    "full of nothing": Case(nothing, STATE, "no block for full()", "kronecker()"),
     "full with a shared use": Case(shared, STATE, "'e'", "block_diagonal()"),
     "centred chunks": Case(
         learned(C.kronecker(), kf.estimators.exact(1), C.blockwise(C.kronecker(centred=True)).measure),
