@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kfac_func as kf
 from tests.fuzz.bodies import Body, Fn, NoParameters, cast, module_body, raw_body
+from tests.fuzz.described import described
 from tests.fuzz.draw import Draw
 from tests.fuzz.losses import drawn
 from tests.fuzz.trees import INPUT_LAYOUTS, flat, laid_out, mapped
@@ -28,10 +29,11 @@ class Problem(NamedTuple):
     targets: Tensor
     loss: kf.losses.Loss
     value: Callable[[Tensor, Tensor], Tensor]
+    pair: Callable[[Any], Any] = tuple
 
     @property
-    def batch(self) -> tuple[Any, Tensor]:
-        return self.inputs, self.targets
+    def batch(self) -> Any:
+        return self.pair((self.inputs, self.targets))
 
 
 class Case(NamedTuple):
@@ -64,7 +66,9 @@ def case(seed: int, hostile: bool) -> Case:
     body = _body(d, hostile)
     dtype = d.weighted(DTYPES)
     one = drawn(d, (d.n, *body.shape))
-    names = list(body.names)
+    said, describe = described(d, body)
+    pair: Callable[[Any], Any] = d.pick(tuple, tuple, tuple, list)
+    names = [*body.names, *said, *(["batch: list"] if pair is list else [])]
     layout = d.weighted({"": 6.0} | dict.fromkeys(INPUT_LAYOUTS, 0.5))
     if any("norm" in name for name in names) and layout == "channels last":  # torch's group norm dies of it
         layout = ""
@@ -76,8 +80,11 @@ def case(seed: int, hostile: bool) -> Case:
             return cast(cast(tensor, dtype), at)
 
         fn, plain, params = body.at(at)
-        inputs = body.container.pack(rounded(x), {k: rounded(v) for k, v in body.extras.items()})
-        return Problem(fn, plain, mapped(params, rounded), inputs, rounded(one.targets), one.make(at), one.value)
+        extras = {k: rounded(v) for k, v in body.extras.items()}
+        inputs = body.container.pack(rounded(x), extras)
+        fn = describe(fn, inputs, [extras[k] for k in body.whole])
+        params = mapped(params, rounded)
+        return Problem(fn, plain, params, inputs, rounded(one.targets), one.make(at), one.value, pair)
 
     given = problem(dtype)
     name, params = laid_out(d, given.params)

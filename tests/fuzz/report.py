@@ -11,7 +11,7 @@ from tests.fuzz.modules import HOSTILE_MODULES
 from tests.fuzz.verdicts import FAILURES, Verdict
 
 BOLD = set(HOSTILE) | set(WRAPPERS) | set(HOSTILE_MODULES)
-BORING = ("N = ", "head: ", "mse", "bce", "cross-entropy", "float", "nn activation", "params ", "inputs ")
+BORING = ("N = ", "head: ", "mse", "bce", "cross-entropy", "float", "nn activation", "params ", "inputs ", "batch: ")
 
 
 def blamed(names: tuple[str, ...], rates: dict[str, float]) -> str:
