@@ -54,7 +54,7 @@ def proven(fn: Model, plan: Plan, params: PyTree, few: tuple[Any, ...], again: A
         crossed = crossed or _crossed(plan, scales, taps)
         if inputs is few[-1]:
             own = tuple(g[0] for g in taps), {path: g[0] for path, g in rest.items()}
-            hidden = _hidden(plan, params, run, *own, again(lambda x=inputs: plainly(fn, params, x))[1](c)[0])
+            hidden = _hidden(plan, params, run, *own, c, again(lambda x=inputs: plainly(fn, params, x))[1](c)[0])
     return Proof(hidden, crossed, mapped)
 
 
@@ -78,7 +78,13 @@ def _cotangent(z: Tensor) -> Tensor:
 
 
 def _hidden(
-    plan: Plan, params: PyTree, run: Record, taps: tuple[Tensor, ...], rest: dict[str, Tensor], truth: list[Tensor]
+    plan: Plan,
+    params: PyTree,
+    run: Record,
+    taps: tuple[Tensor, ...],
+    rest: dict[str, Tensor],
+    c: Tensor,
+    truth: list[Tensor],
 ) -> dict[str, list[str]]:
     """The leaves whose gradient on the tape is not the true one, up to rounding."""
     leaves = dict(zip(plan.paths, _tree.leaves(params), strict=True))
@@ -92,7 +98,8 @@ def _hidden(
         size |= gradients(layout, bound, shapes)
     eps = max((torch.finfo(x.dtype).eps for x in (*leaves.values(), *taps)), default=0.0)
     sizes = {path: _norm(size[path]) + _norm(wanted[path]) for path in plan.paths}
-    found, noise = {}, 2**6 * eps * max(sizes.values(), default=0.0)
+    largest, floor = max(sizes.values(), default=0.0), 2**12 * eps * _norm(c)
+    found, noise = {}, 2**6 * eps * largest if largest > floor else floor  # below it, all of them are rounding
     for path in plan.paths:
         off = _norm(got[path].to(wanted[path].dtype) - wanted[path])
         missed = path in plan.unused and _norm(wanted[path]) > 0

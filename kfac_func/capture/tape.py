@@ -67,7 +67,6 @@ class Stray(NamedTuple):
 
 
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_CUTS = (torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__)  # no gradient goes through them
 
 
 class Watch(TorchFunctionMode):
@@ -108,8 +107,9 @@ class Watch(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         tensors = list(_tensors((args, tuple(kwargs.values()))))
-        if not torch.is_grad_enabled() or func in _CUTS:
+        if not torch.is_grad_enabled() or func in views.CUT:
             return func(*args, **kwargs)
+        tensors = [x for x in tensors if not views.only_measured(func, args, x)]
         if level() != self.level:
             return self._inside(func, args, kwargs, tensors)
         if func in layers.expansions and any(tensor in self.known for tensor in tensors):

@@ -1,4 +1,6 @@
-"""Views and copies of a parameter that are still the parameter: what autograd would turn back without a change."""
+"""What becomes of a parameter that a model does not use at once: views and copies are still the parameter, and some
+calls do not use it at all.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,20 @@ _SHAPED = (
     *(torch.reshape, Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as, torch.flatten, Tensor.flatten),
     *(torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, torch.unflatten, Tensor.unflatten),
 )
+
+CUT = frozenset(
+    [torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__]
+    + [getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")]
+    + [getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")]
+)
+"""No gradient goes through these."""
+
+_LIKE = (Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as)
+
+
+def only_measured(func: Any, args: tuple, x: Tensor) -> bool:
+    """Whether a call asks a tensor for no more than its shape or its kind."""
+    return func in _LIKE and len(args) > 1 and x is args[1] and x is not args[0]
 
 
 def followed(ref: Ref, func: Any, args: tuple, kwargs: dict, result: Any) -> Ref | None:

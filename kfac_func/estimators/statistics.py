@@ -40,7 +40,7 @@ from kfac_func.capture import (
 from kfac_func.estimators.counting import counted
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
-from kfac_func.losses import Loss, example_weight
+from kfac_func.losses import Loss, checked_loss, example_weight
 
 Step = Callable[..., tuple[Tensor, PyTree, Stats | None]]
 
@@ -98,12 +98,13 @@ def value_grad_and_stats(
     """
     if sharing not in ("expand", "reduce"):
         raise HyperparameterError(explain("unknown sharing.", got=repr(sharing), wanted="'expand' or 'reduce'"))
+    loss = checked_loss(loss)
     source = monte_carlo() if estimator is None else estimator
     planned = planner(fn, strict=strict, unclaimed=unclaimed)
 
     def step(
         params: PyTree,
-        batch: tuple[Any, Tensor],
+        batch: Any,
         *,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,

@@ -23,7 +23,9 @@ from kfac_func.layers.base import (
     Call,
     Found,
     Handler,
+    bias_of,
     border,
+    found_bias,
     grid,
     kernel_offsets,
     map_rows,
@@ -216,6 +218,8 @@ def _over_all(x: Tensor, axes: tuple[_Axis, ...], groups: int) -> Tensor:
 conv = Kind("conv", _gradient, patches, _output_rows, _moment, offsets=kernel_offsets, grid=grid)
 """`options` = (stride, padding, dilation, groups, kernel), each but groups a tuple of one number per dimension."""
 
+conv_bias = bias_of(conv)
+
 
 def _symmetric(
     x: Tensor, padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]
@@ -234,29 +238,34 @@ def _symmetric(
 def _conv(call: Call) -> Found | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     x, weight, bias, stride, padding, dilation, groups = call.bind(*names, stride=1, padding=0, dilation=1, groups=1)
-    ref = ref_of(call, weight)
-    if ref is None:
+    ref, shift = ref_of(call, weight), ref_of(call, bias)
+    if ref is None and (shift is None or call.ref(weight) is not None):
         return None
     out = call.run()
-    kernel = ref.shape[2:]
+    kernel = weight.shape[2:]
     dims = len(kernel)
     unbatched = x.ndim == dims + 1
     if unbatched:
         x, out = x.unsqueeze(0), out.unsqueeze(0)
+    restore = (lambda y: y.squeeze(0)) if unbatched else None
+    if ref is None and shift is not None:
+        found = found_bias(conv_bias, ((), (), (), 1, tuple(kernel)), shift, out, 1)
+        return found._replace(restore=restore)
+    assert ref is not None
     stride, dilation = per_dimension(stride, dims), per_dimension(dilation, dims)
     x, padding = _symmetric(x, padding, kernel, dilation)
     return Found(
         kind=conv,
         options=(stride, padding, dilation, groups, tuple(kernel)),
         weight=ref,
-        bias=ref_of(call, bias),
+        bias=shift,
         inputs=x,
         output=out,
         positions=out.shape[0] * out.shape[2:].numel(),
         order=ref.order,
         groups=groups,
         outputs=out.shape[1] // groups,
-        restore=(lambda y: y.squeeze(0)) if unbatched else None,
+        restore=restore,
     )
 
 

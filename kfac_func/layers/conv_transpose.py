@@ -19,6 +19,8 @@ from kfac_func.layers.base import (
     Call,
     Found,
     Handler,
+    bias_of,
+    found_bias,
     grid,
     kernel_offsets,
     map_rows,
@@ -75,34 +77,41 @@ conv_transpose = Kind("conv_transpose", _gradient, patches, _output_rows, _momen
 dimension.
 """
 
+conv_transpose_bias = bias_of(conv_transpose)
+
 
 def _conv_transpose(call: Call) -> Found | None:
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     x, weight, bias, stride, padding, extra, groups, dilation = call.bind(*names, **defaults)
-    ref = ref_of(call, weight)
-    if ref is None:
+    ref, shift = ref_of(call, weight), ref_of(call, bias)
+    if ref is None and (shift is None or call.ref(weight) is not None):
         return None
     out = call.run()
-    kernel = ref.shape[2:]
+    kernel = weight.shape[2:]
     dims = len(kernel)
     unbatched = x.ndim == dims + 1
     if unbatched:
         x, out = x.unsqueeze(0), out.unsqueeze(0)
+    restore = (lambda y: y.squeeze(0)) if unbatched else None
+    if ref is None and shift is not None:
+        found = found_bias(conv_transpose_bias, ((), (), (), (), 1, tuple(kernel)), shift, out, 1)
+        return found._replace(restore=restore)
+    assert ref is not None
     stride, padding, extra, dilation = (per_dimension(v, dims) for v in (stride, padding, extra, dilation))
     grouped = groups > 1
     return Found(
         kind=conv_transpose,
         options=(stride, padding, extra, dilation, groups, tuple(kernel)),
         weight=ref._replace(shape=(groups, ref.shape[0] // groups, *ref.shape[1:])) if grouped else ref,
-        bias=ref_of(call, bias),
+        bias=shift,
         inputs=x,
         output=out,
         positions=out.shape[0] * out.shape[2:].numel(),
         order=(0, 2, 1, *range(3, dims + 3)) if grouped else (1, 0, *range(2, dims + 2)),
         groups=groups,
         outputs=out.shape[1] // groups,
-        restore=(lambda y: y.squeeze(0)) if unbatched else None,
+        restore=restore,
     )
 
 
