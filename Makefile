@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+FUZZ ?= 10000
 DEMO ?=
 BENCH ?=
 BENCH_OUT ?= benchmarks/results
@@ -12,7 +13,7 @@ PY := $(VENV)/bin/python
 # Many small tests side by side: one thread each, or the workers fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: demo examples test lint format docs bench bench-peers clean
+.PHONY: demo examples test fuzz lint format docs bench bench-peers clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m kfac_func.demo $(DEMO)
@@ -26,6 +27,11 @@ examples: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow and not compile and not examples"
 	$(PYTEST) -m "(compile or examples) and not slow"
+
+# Random models against oracles of torch alone (tests/fuzz): half of the cases harmless, half that no tape can see.
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases $(FUZZ) --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases $(FUZZ) --workers $(WORKERS) --hostile
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 CASES, BLOCK = 300, 25  # half of them hostile
 REFUSED = 0.35  # of harmless checks, at most
 
-steps, rows = import_module("kfac_func.estimators.statistics"), import_module("kfac_func.products.rows")
-kronecker = import_module("kfac_func.curvature.kronecker")
+steps, kronecker = import_module("kfac_func.estimators.statistics"), import_module("kfac_func.curvature.kronecker")
+per_example = import_module("kfac_func.products.per_example")
 
 
 def failures(verdicts: list[Verdict]) -> list[Verdict]:
@@ -96,11 +96,7 @@ def forgotten_n(true: Callable) -> Callable:
 
 
 def reordered(true: Callable) -> Callable:
-    def pairs(*given: Any, **options: Any) -> Any:
-        one = true(*given, **options)
-        return one._replace(left=one.left.flip(1))
-
-    return pairs
+    return lambda *given: [leaf.flip(1) for leaf in true(*given)]
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[[Callable], Callable], str, range]] = {
@@ -108,7 +104,7 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Callable], Callable], str, range]
     "a use is lost": (steps, "gradients", lost_use, "gradient", range(60)),
     "A and G are swapped": (kronecker, "kronecker_state", swapped, "K-FAC of one example", range(250)),
     "1/N is forgotten": (steps, "example_weight", forgotten_n, "diagonal", range(20)),
-    "examples are in another order": (rows, "pairs", reordered, "per_example_grads", range(20)),
+    "examples are in another order": (per_example, "_arrays", reordered, "per_example_grads", range(20)),
 }
 
 
