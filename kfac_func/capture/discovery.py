@@ -40,10 +40,8 @@ def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any
     """The uses of the parameters, in the order of the run.
 
     Runs under the transform and with the taps of a step, so that what the model can see of them is the same. Raises
-    CaptureError for parameters that the model writes, and for a model that `torch.func` can differentiate but the tape
-    cannot follow.
+    CaptureError for a model that `torch.func` can differentiate but the tape cannot follow.
     """
-    before = {path: version(leaf) for path, leaf in leaves.items()}
     zero, seen = torch.zeros(()), []
 
     def taped(probe: Tensor) -> Tensor:
@@ -53,7 +51,19 @@ def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any
             return tensor_of(fn(params, inputs))
 
     followed(lambda: torch.func.vjp(taped, zero), fn, params, inputs)
-    written = [path for path, leaf in leaves.items() if version(leaf) != before[path]]
+    return seen[-1]
+
+
+def spared(fn: Model, params: PyTree, inputs: Any) -> Any:
+    """What the model gives at copies of its parameters. Raises CaptureError when it writes into them.
+
+    >>> spared(lambda p, x: x * p["w"], {"w": torch.ones(2)}, torch.ones(1, 2))
+    tensor([[1., 1.]])
+    """
+    copies = _tree.tree_map(torch.clone, params)
+    before = {path: version(leaf) for path, leaf in _tree.leaves_with_paths(copies)}
+    found = fn(copies, inputs)
+    written = [path for path, leaf in _tree.leaves_with_paths(copies) if version(leaf) != before[path]]
     if written:
         raise CaptureError(
             explain(
@@ -62,7 +72,7 @@ def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any
                 options="write into a copy: w = w.clone() first",
             )
         )
-    return seen[-1]
+    return found
 
 
 def followed(run: Any, fn: Model, params: PyTree, inputs: Any) -> Any:

@@ -22,14 +22,52 @@ def same_draws(tensors: Iterable[Tensor]) -> Iterator[Again]:
     ...     bool(again(lambda: torch.rand(1)) == again(lambda: torch.rand(1)))
     True
     """
-    devices = sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
+    devices = _devices(tensors)
     with torch.random.fork_rng(devices=devices):
-        state, others = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        states = _states(devices)
 
         def again(run: Callable[[], Any]) -> Any:
-            torch.set_rng_state(state)
-            for device, other in zip(devices, others, strict=True):
-                torch.cuda.set_rng_state(other, device)
+            _restore(states)
             return run()
 
         yield again
+
+
+def repeatable(tensors: Iterable[Tensor]) -> Again:
+    """Calls that draw the numbers of the first one again. The first moves the generators on, as its function alone
+    does; the others leave them as they are.
+
+    >>> again = repeatable([])
+    >>> bool(again(lambda: torch.rand(1)) == again(lambda: torch.rand(1)))
+    True
+    """
+    tensors, first = list(tensors), []
+
+    def again(run: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return run()
+        if not first:
+            first.append(_states(_devices(tensors)))
+            return run()
+        with torch.random.fork_rng(devices=_devices(tensors)):
+            _restore(first[0])
+            return run()
+
+    return again
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[int]:
+    return sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
+
+
+def _states(devices: list[int]) -> dict[int | None, Tensor]:
+    """By device, None for the CPU."""
+    return {None: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def _restore(states: dict[int | None, Tensor]) -> None:
+    for device, state in states.items():
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)

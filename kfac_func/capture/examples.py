@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import BatchError, HyperparameterError, explain
+from kfac_func._errors import BatchError, explain
 from kfac_func._tracing import plain
 from kfac_func.blocks import Where
 from kfac_func.layers import Found
@@ -151,22 +151,6 @@ def check_examples(outputs: Tensor, count: int) -> None:
         )
 
 
-def rereadable(batches: Iterable[Any], why: str) -> None:
-    """Raise HyperparameterError for batches that can be gone through only once.
-
-    >>> rereadable([(torch.ones(2, 3), torch.ones(2))], "every product goes through all of them")
-    """
-    if isinstance(batches, Iterator):
-        raise HyperparameterError(
-            explain(
-                "the batches can be gone through only once.",
-                got=type(batches).__name__,
-                why=why,
-                options="pass a list or a loader: list(batches), say",
-            )
-        )
-
-
 def where_examples(two: Found, three: Found) -> Where | str | None:
     """Where the examples are in the output of a use, None for a use without them; or in words why they are nowhere."""
     a, b = two.output.shape, three.output.shape
@@ -176,9 +160,3 @@ def where_examples(two: Found, three: Found) -> Where | str | None:
     if len(grown) == 1 and a[grown[0]] % 2 == 0 and 2 * b[grown[0]] == 3 * a[grown[0]]:
         return Where(grown[0], a[grown[0]] // 2)
     return f"whose examples cannot be found: {list(a)} for two examples, {list(b)} for three"
-
-
-def batch_size(inputs: Any) -> int:
-    """TEMPORARY: the first dimension of the first tensor."""
-    not_empty(inputs)
-    return next(leaf for leaf in _tree.leaves(inputs) if isinstance(leaf, Tensor)).shape[0]

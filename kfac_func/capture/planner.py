@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -12,11 +12,13 @@ from kfac_func._tracing import autocasting
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture.batched import rules_of
 from kfac_func.capture.coverage import Unclaimed
+from kfac_func.capture.discovery import spared
 from kfac_func.capture.draws import same_draws
 from kfac_func.capture.examples import Cut
 from kfac_func.capture.locating import located
 from kfac_func.capture.plan import Plan
 from kfac_func.capture.planning import APART, make_plan
+from kfac_func.capture.restricting import chosen_leaves, restricted
 
 T = TypeVar("T", bound=Any)
 
@@ -24,15 +26,23 @@ Planner: TypeAlias = Callable[[PyTree, Any], Plan]
 """(params, inputs) -> the plan of the model for them."""
 
 
-def planner(fn: Model, *, strict: bool = True, unclaimed: Unclaimed | None = None) -> Planner:
-    """`make_plan`, once per signature of parameters and inputs (and of autocast): everything but the batch size.
+def planner(
+    fn: Model, *, strict: bool = True, unclaimed: Unclaimed | None = None, only: Sequence[str] | None = None
+) -> Planner:
+    """`make_plan`, once per signature of parameters and inputs (and of autocast): everything but the batch size; with
+    `only`, that of the model as a function of these leaves (`restricted`).
 
     >>> plan_of = planner(lambda p, x: x @ p["w"])
     >>> params = {"w": torch.ones(3, 2)}
     >>> plan_of(params, torch.ones(4, 3)) is plan_of(params, torch.ones(7, 3))
     True
     """
-    return _once(lambda params, inputs: make_plan(fn, params, inputs, strict=strict, unclaimed=unclaimed))
+
+    def make(params: PyTree, inputs: Any) -> Plan:
+        model, own = (fn, params) if only is None else restricted(fn, params, chosen_leaves(params, only))
+        return make_plan(model, own, inputs, strict=strict, unclaimed=unclaimed)
+
+    return _once(make)
 
 
 class Finding(NamedTuple):
@@ -51,7 +61,7 @@ def finder(fn: Model) -> Callable[[PyTree, Any], Finding]:
 
     def find(params: PyTree, inputs: Any) -> Finding:
         with same_draws(_tree.leaves(params)) as again:
-            found = located(rules_of(fn), inputs, lambda x: again(lambda: fn(params, x)))
+            found = located(rules_of(fn), inputs, lambda x: again(lambda: spared(fn, params, x)))
         return Finding(found.cut, "" if found.apart else APART)
 
     return _once(find)

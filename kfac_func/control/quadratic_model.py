@@ -19,7 +19,7 @@ from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
 from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import batch_size
+from kfac_func.capture import as_pair, finder
 from kfac_func.losses import Loss, example_weight
 from kfac_func.transforms.masks import Mask, selected
 
@@ -106,6 +106,8 @@ def quadratic_model(
             explain("examples has a value that has no meaning.", got=examples, wanted="an int, or a float in (0, 1]")
         )
 
+    first = _firsts(fn, examples)
+
     def covered(params: PyTree) -> dict[str, Any]:
         return {path: l2 * meant for path, meant in selected(mask, params).items()} if l2 else {}
 
@@ -114,12 +116,12 @@ def quadratic_model(
 
     @without_autocast
     def value(params: PyTree, batch: Any) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         return loss.value(fn(params, inputs), targets).to(torch.float64) + penalty(params)
 
     @without_autocast
     def form(params: PyTree, batch: Any, directions: Sequence[PyTree], gradient: PyTree, damping: Any = 0.0) -> Form:
-        inputs, targets = _first(batch, examples)
+        inputs, targets = first(params, batch)
         leaves, paths, pulled = _tree.leaves(params), list(_tree.unique_paths(params)), covered(params)
         vs, own = [_like(params, v) for v in directions], _like(params, gradient)
         z, dzs = _pushed(fn, params, inputs, vs)
@@ -137,11 +139,24 @@ def quadratic_model(
     return QuadraticModel(form, value, penalty)
 
 
-def _first(batch: Any, examples: int | float) -> Any:
-    if examples == 1.0 and isinstance(examples, float):
-        return batch
-    count = examples if isinstance(examples, int) else math.ceil(examples * batch_size(batch[0]))
-    return tuple(_tree.tree_map(lambda x: x[:count], part) for part in batch)
+def _firsts(fn: Model, examples: int | float) -> Callable[[PyTree, Any], tuple[Any, Any]]:
+    """(params, batch) -> the first examples of the batch. Raises HyperparameterError where they cannot be cut off."""
+    found = finder(fn)
+
+    def first(params: PyTree, batch: Any) -> tuple[Any, Any]:
+        inputs, targets = as_pair(batch)
+        if examples == 1.0 and isinstance(examples, float):
+            return inputs, targets
+        cut, mixing = found(params, inputs)
+        if mixing or cut.whole:
+            why = mixing or "the model takes it as a whole"
+            raise HyperparameterError(
+                explain("a part of the batch is another batch.", got=f"examples={examples}", why=why, options="1.0")
+            )
+        count = examples if isinstance(examples, int) else math.ceil(examples * cut.count(inputs))
+        return cut.part(inputs, 0, count), _tree.tree_map(lambda x: x[:count], targets)
+
+    return first
 
 
 def _like(params: PyTree, tree: PyTree) -> list[Tensor]:

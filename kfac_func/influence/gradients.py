@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from glob import escape
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -12,10 +13,12 @@ from kfac_func._patterns import chosen
 from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree, Scalar
 from kfac_func.blocks import Pairs, matrices
+from kfac_func.capture import as_pair
 from kfac_func.linalg import Spectral
 from kfac_func.operators import linear_operator
 from kfac_func.products.regroup import regrouped
-from kfac_func.products.rows import Route, passes, plans, whole
+from kfac_func.products.routes import Route
+from kfac_func.products.rows import reader, whole
 from kfac_func.products.sources import once
 
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -40,15 +43,13 @@ def prepared(
     layouts = {name: named[name] for name in chosen(only, named, "only")}
     spectra = {name: _invertible(name, operator.spectra[name]) for name in layouts}
 
-    planned = plans(fn)
+    kept = None if only is None else [escape(path) for one in layouts.values() for path in one.leaves]
+    passes = reader(fn, route=route, chunk_size=chunk_size, only=kept)
 
     def read(score: Score, batch: Any) -> Iterator[dict[str, Pairs]]:
-        inputs, targets = batch
-        names = list(layouts) if route != "vmap" else [path for one in layouts.values() for path in one.leaves]
-        vectors = once(lambda z: score(z, targets).unsqueeze(0))
-        kept = None if only is None else names
-        for part in passes(fn, params, inputs, vectors, route=route, chunk_size=chunk_size, only=kept, plan=planned):
-            yield regrouped(whole(part), layouts.values(), route)
+        inputs, targets = as_pair(batch)
+        for part in passes(params, inputs, once(lambda z: score(z, targets).unsqueeze(0))):
+            yield regrouped(whole(part), layouts.values())
 
     return spectra, read
 

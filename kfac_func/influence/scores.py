@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, Progress, PyTree, Scalar, shown
 from kfac_func.blocks import Pairs, chunks
 from kfac_func.capture import rereadable
 from kfac_func.influence.gradients import Read, Score, arrays, prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.losses import Loss, checked_loss
-from kfac_func.products.rows import Route
+from kfac_func.products.routes import Route
 
 Measurement: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(z, targets) -> [Q], a number for every query: a margin, a logit, a loss."""
@@ -30,7 +31,7 @@ def scores(
     *,
     damping: Scalar | None = None,
     query_loss: Loss | Measurement | None = None,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
     only: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -76,7 +77,7 @@ def scores(
         torch.Size([4, 5])
     """
     loss = checked_loss(loss)
-    rereadable(train_batches, "every batch of queries needs all of the training examples")
+    train_batches = rereadable(train_batches, "every batch of queries needs all of the training examples")
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
     found = []
     for queries in query_batches:
@@ -100,10 +101,12 @@ def _solved(spectra: dict[str, Spectral], read: Read, score: Score, queries: Any
     return {name: torch.cat([_solve(spectra[name], arrays(part[name])) for part in parts]) for name in parts[0]}
 
 
+@without_autocast
 def _solve(spectral: Spectral, v: Tensor) -> Tensor:
     return torch.func.vmap(lambda one: spectral.applied(torch.reciprocal, one))(v)
 
 
+@without_autocast
 def _met(directions: dict[str, Tensor], rows: dict[str, Pairs]) -> Tensor:
     """Σ_blocks ⟨X_q, V_n⟩, [Q, B]."""
     return torch.stack([_inner(directions[name], one) for name, one in rows.items()]).sum(0)

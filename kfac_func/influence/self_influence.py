@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, Progress, PyTree, Scalar, shown
 from kfac_func.blocks import Pairs
 from kfac_func.influence.gradients import prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.linalg.spectral import seen_in, squared
 from kfac_func.losses import Loss, checked_loss
-from kfac_func.products.rows import Route
+from kfac_func.products.routes import Route
 
 
 def self_influence(
@@ -25,7 +26,7 @@ def self_influence(
     batches: Iterable[Any],
     *,
     damping: Scalar | None = None,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
     only: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -54,6 +55,7 @@ def self_influence(
     return torch.cat(some(found, "training examples"))
 
 
+@without_autocast
 def _total(spectra: dict[str, Spectral], rows: dict[str, Pairs]) -> Tensor:
     """Σ_blocks ⟨V_n, (F̂ + λ)⁻¹ V_n⟩ [N]."""
     forms = [squared(seen_in(spectra[name], one), spectra[name].values.reciprocal())[0] for name, one in rows.items()]

@@ -17,7 +17,7 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, at_least, explain
 from kfac_func._typing import Scalar
-from kfac_func.laplace.posterior import Posterior, Prior, precisions, with_prior
+from kfac_func.laplace.posterior import Posterior, Prior, precisions, weight, with_prior
 
 
 def log_marginal_likelihood(
@@ -83,9 +83,7 @@ def tune_prior_precision(
     low, high = bounds
     if not 0 < low < high < float("inf"):
         raise HyperparameterError(explain("bounds must be positive and ascending.", got=bounds, options="(1e-8, 1e8)"))
-    norms, scale = _norms(posterior), posterior.examples
-    if isinstance(posterior.noise, Tensor):
-        scale = scale / posterior.noise
+    norms, scale = _norms(posterior), weight(posterior)
     groups = [[name] for name in posterior.spectra] if by_block else [list(posterior.spectra)]
     found: dict[str, Tensor] = {}
     for names in groups:

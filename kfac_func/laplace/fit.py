@@ -11,19 +11,19 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import BatchError, HyperparameterError, explain
-from kfac_func._patterns import chosen
 from kfac_func._tracing import readable
 from kfac_func._tree import Static
 from kfac_func._typing import Model, Progress, PyTree, Scalar, shown
-from kfac_func.capture import Unclaimed, rereadable
+from kfac_func.capture import Unclaimed, as_pair, chosen_leaves, rereadable, restricted, tensor_of
 from kfac_func.curvature import Curvature, Structure
 from kfac_func.estimators import Estimator
 from kfac_func.estimators.stats import Sharing
-from kfac_func.laplace.posterior import Posterior, Prior, by_block, positive, restricted
+from kfac_func.laplace.posterior import Posterior, Prior, by_block, positive
 from kfac_func.losses import Loss, checked_loss
 from kfac_func.losses.base import example_weight
 from kfac_func.operators import linear_operator
 from kfac_func.precondition import fit_curvature
+from kfac_func.products.linear import careful
 
 
 def fit(
@@ -51,15 +51,17 @@ def fit(
                      or positions of an example is no log-likelihood and is refused: take "batchmean" or "sum", also
                      with class weights or ignored targets
     params           θ*, any tree; P is that of the posterior only where θ* is (nearly) a maximum
-    batches          a list or a loader of (inputs, targets): gone through twice, or three times for `eigen`
+    batches          a list of (inputs, targets), or a loader that does not shuffle: gone through twice, or three times
+                     for `eigen`
     curvature        F̂, block by block; default `eigen()` (EKFAC). Any with an eigenbasis (see `kf.linear_operator`)
     estimator        default `exact()`, the Gauss-Newton matrix; those that draw need a `generator`
     only             patterns of parameter paths: a posterior over these leaves, all others fixed at θ*. Last-layer
                      Laplace is only=("head.*",), and costs no backward pass below the head
     prior_precision  τ, one number or by pattern of block names; `tune_prior_precision` finds a better one
     noise            σ² of a Gaussian y ~ N(z, σ²): then l_n must be ½‖z_n − y_n‖², mse("batchmean", scale=0.5), and the
-                     log-likelihood is −Σ_n l_n/σ² − ½ N D log 2πσ², the precision N F̂/σ² + τ I. None: as above, which
-                     is the same thing without the constant for mse("batchmean", scale=1/(2σ²))
+                     log-likelihood is −Σ_n l_n/σ² − ½ N D log 2πσ², the precision N F̂/σ² + τ I (N F̂/σ⁴ + τ I with
+                     `empirical()`, whose gradients have a σ² each). None: as above, which is the same thing without the
+                     constant for mse("batchmean", scale=1/(2σ²))
     sharing, unclaimed, progress   as in `fit_curvature`. A leaf with the policy "identity" has no curvature and is
                      refused: leave it out by `only`, or choose "diagonal"
 
@@ -74,8 +76,8 @@ def fit(
         (tensor(3., dtype=torch.float64), ['weight'])
     """
     loss = checked_loss(loss)
-    rereadable(batches, "the loss and the curvature are measured in passes of their own")
-    fn, free = restricted(fn, params, _chosen(params, only))
+    batches = rereadable(batches, "the loss and the curvature are measured in passes of their own")
+    fn, free = restricted(careful(fn), params, chosen_leaves(params, only))
     examples, outputs, nll = _likelihood(fn, loss, free, batches, noise is not None, progress)
     state = fit_curvature(
         fn, loss, free, batches, curvature=curvature, estimator=estimator, sharing=sharing, unclaimed=unclaimed,
@@ -92,14 +94,8 @@ def fit(
         prior_precision=by_block(prior_precision, operator.spectra, nll),
         noise=() if noise is None else positive(noise, nll, "noise"),
         layouts=Static(operator.layouts.value),
+        power=Static(2 if estimator is not None and estimator.own else 1),
     )
-
-
-def _chosen(params: PyTree, only: Sequence[str] | None) -> tuple[str, ...]:
-    found = chosen(only, _tree.unique_paths(params), "only")
-    if not found:
-        raise HyperparameterError(explain("only= chooses no parameter.", got=only, options="None for all of them"))
-    return tuple(found)
 
 
 def _likelihood(
@@ -108,8 +104,9 @@ def _likelihood(
     """N, the numbers in all outputs, and Σ_n l_n."""
     examples = outputs = 0
     nll = torch.zeros((), dtype=torch.float64, device=_tree.leaves(params)[0].device)
-    for index, (inputs, targets) in enumerate(shown(batches, progress)):
-        z = fn(params, inputs)
+    for index, batch in enumerate(shown(batches, progress)):
+        inputs, targets = as_pair(batch)
+        z = tensor_of(fn(params, inputs))
         value = loss.value(z, targets)
         if readable(value) and not bool(value.isfinite()):
             raise BatchError(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._patterns import first_match, useful
 from kfac_func._tracing import readable
 from kfac_func._tree import Static, storable
-from kfac_func._typing import Model, PyTree, Scalar
+from kfac_func._typing import PyTree, Scalar
 from kfac_func.blocks import Layout
+from kfac_func.capture import restricted
 from kfac_func.linalg import Spectral
 from kfac_func.operators import LinearOperator
 
@@ -33,6 +33,7 @@ class Posterior(NamedTuple):
     prior_precision  τ by block, 0-dim float64
     noise            σ², 0-dim float64, for ½‖z − y‖² with a Gaussian of this variance; () for all other losses, σ² = 1
     layouts          which leaves form which block
+    power            k of N F̂ / σ²ᵏ: 2 for an empirical Fisher, whose gradients have a σ² each, else 1
     """
 
     params: PyTree
@@ -43,6 +44,7 @@ class Posterior(NamedTuple):
     prior_precision: dict[str, Tensor]
     noise: Tensor | tuple[()]
     layouts: Static[tuple[Layout, ...]]
+    power: Static[int] = Static(1)
 
 
 storable(Posterior)
@@ -98,7 +100,7 @@ def precision(posterior: Posterior) -> LinearOperator:
 
 def precisions(posterior: Posterior) -> dict[str, Spectral]:
     """The spectra of P = N F̂ / σ² + τ I."""
-    scale = posterior.examples / posterior.noise if isinstance(posterior.noise, Tensor) else posterior.examples
+    scale = weight(posterior)
 
     def one(name: str, spectral: Spectral) -> Spectral:
         s = spectral.values
@@ -107,24 +109,16 @@ def precisions(posterior: Posterior) -> dict[str, Spectral]:
     return {name: one(name, spectral) for name, spectral in posterior.spectra.items()}
 
 
+def weight(posterior: Posterior) -> Tensor:
+    """The number that F̂ is multiplied with in P: N, or N/σ²ᵏ."""
+    if not isinstance(posterior.noise, Tensor):
+        return posterior.examples
+    return posterior.examples / posterior.noise**posterior.power.value
+
+
 def covered(posterior: Posterior) -> tuple[str, ...]:
     """The paths of the leaves that have a posterior."""
     return tuple(path for layout in posterior.layouts.value for path in layout.leaves)
-
-
-def restricted(fn: Callable[..., Any], params: PyTree, paths: tuple[str, ...]) -> tuple[Model, dict[str, Tensor]]:
-    """The model as a function of some leaves only, the others fixed, and these leaves by path.
-
-    >>> fn, chosen = restricted(lambda p, x: x @ p["a"] @ p["b"], {"a": torch.eye(2), "b": torch.ones(2, 1)}, ("b",))
-    >>> list(chosen), fn({"b": torch.zeros(2, 1)}, torch.ones(1, 2))
-    (['b'], tensor([[0.]]))
-    """
-    leaves = _tree.unique_paths(params)
-
-    def moved(chosen: dict[str, Tensor], inputs: Any) -> Tensor:
-        return fn(_tree.replace_leaves(params, chosen), inputs)
-
-    return moved, {path: leaves[path] for path in paths}
 
 
 def by_block(prior: Prior, names: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:

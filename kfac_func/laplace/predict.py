@@ -11,19 +11,24 @@ which rows give without forming any V_v where a layer has one shared position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from glob import escape
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfac_func._patterns import chosen
+from kfac_func._tracing import without_autocast
 from kfac_func._tree import storable
 from kfac_func._typing import Model, Scalar
 from kfac_func.blocks import Pairs
-from kfac_func.laplace.posterior import Posterior, Prior, covered, positive, precisions, restricted, with_prior
+from kfac_func.laplace.posterior import Posterior, Prior, positive, precisions, with_prior
+from kfac_func.linalg import Spectral
 from kfac_func.linalg.spectral import inner, seen_in, squared
 from kfac_func.products.regroup import regrouped
-from kfac_func.products.rows import Route, passes, whole
+from kfac_func.products.routes import Route
+from kfac_func.products.rows import reader, whole
 from kfac_func.products.sources import once, unit_vectors
 
 
@@ -43,8 +48,9 @@ def predict(
     inputs: Any,
     *,
     prior_precision: Prior | None = None,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> Prediction:
     r"""The predictive of the linearised model (the GLM predictive): a Gaussian over the outputs of every example.
 
@@ -52,15 +58,17 @@ def predict(
 
     fn, inputs       the model of `fit`, and new inputs of it
     prior_precision  τ in place of the posterior's own; differentiable, good under vmap
-    route            how the rows of J are had, see `kf.products`: "tape", or "vmap" over examples for what it refuses
+    route            how the rows of J are had, as in `kf.products.per_example_grads`: "auto" is the tape, or what can
+                     take a model that it refuses
     chunk_size       examples at a time (None: all)
+    only             patterns of block names: the others are fixed at θ*
 
     Returns mean [N, *out] and covariance [N, D, D] with D = prod(out), in the units of the outputs, without the noise
     of an observation: see `observed` and `probabilities`. The rows of all D outputs are there at once, D times the
     memory of a backward pass; `functional_variance` has no D².
 
-    Raises StateError for a model with other blocks; and what `with_prior` and the rows raise: CaptureError for what the
-    tape cannot see, BatchError for an empty batch and NaN.
+    Raises StateError for a model with other blocks; and what `with_prior` and the rows raise: CaptureError for examples
+    that see each other, and for what an explicit route cannot take, BatchError for an empty batch and NaN.
     Source: Immer et al. 2021 (2008.08400), §3; Daxberger et al. 2021 (2106.14806), §2.3.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
@@ -70,7 +78,7 @@ def predict(
         >>> found.mean.shape, found.covariance.shape
         (torch.Size([5, 2]), torch.Size([5, 2, 2]))
     """
-    means, parts = zip(*_reduced(posterior, fn, inputs, inner, prior_precision, route, chunk_size), strict=True)
+    means, parts = zip(*_reduced(posterior, fn, inputs, inner, prior_precision, route, chunk_size, only), strict=True)
     return Prediction(torch.cat(means), torch.cat(parts))
 
 
@@ -80,8 +88,9 @@ def functional_variance(
     inputs: Any,
     *,
     prior_precision: Prior | None = None,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> Tensor:
     r"""The variance of every output under the linearised model, [N, *out]: the diagonal of `predict`'s covariance.
 
@@ -96,7 +105,7 @@ def functional_variance(
         >>> bool((near < far).all())
         True
     """
-    means, parts = zip(*_reduced(posterior, fn, inputs, squared, prior_precision, route, chunk_size), strict=True)
+    means, parts = zip(*_reduced(posterior, fn, inputs, squared, prior_precision, route, chunk_size, only), strict=True)
     return torch.cat([part.mT.reshape(z.shape) for z, part in zip(means, parts, strict=True)])
 
 
@@ -127,15 +136,22 @@ def _reduced(
     prior_precision: Prior | None,
     route: Route,
     chunk_size: int | None,
+    only: Sequence[str] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs and Σ_blocks reduction(rows of J in the eigenbasis, 1/eigenvalues of P), chunk by chunk of examples."""
     posterior = with_prior(posterior, prior_precision)
-    moved, chosen = restricted(fn, posterior.params, covered(posterior))
     spectra = precisions(posterior)
-    for part in passes(moved, chosen, inputs, once(unit_vectors), route=route, chunk_size=chunk_size):
+    names = chosen(only, spectra, "only")
+    layouts = [layout for layout in posterior.layouts.value if layout.name in names]
+    read = reader(
+        fn, route=route, chunk_size=chunk_size, only=[escape(path) for layout in layouts for path in layout.leaves]
+    )
+    for part in read(posterior.params, inputs, once(unit_vectors)):
         found = whole(part)
-        terms = [
-            reduction(seen_in(spectra[name], rows), spectra[name].values.reciprocal())
-            for name, rows in regrouped(found, posterior.layouts.value, route).items()
-        ]
-        yield found.outputs, torch.stack(terms).sum(0)
+        yield found.outputs, _summed(spectra, regrouped(found, layouts), reduction)
+
+
+@without_autocast
+def _summed(spectra: dict[str, Spectral], rows: dict[str, Pairs], reduction: Reduction) -> Tensor:
+    terms = [reduction(seen_in(spectra[name], one), spectra[name].values.reciprocal()) for name, one in rows.items()]
+    return torch.stack(terms).sum(0)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import at_least
+from kfac_func._errors import CaptureError, HyperparameterError, KFacError, at_least, explain, warn
 from kfac_func._typing import Model, PyTree
+from kfac_func.capture import tensor_of
 from kfac_func.laplace.posterior import Posterior, Prior, precision, with_prior
 from kfac_func.laplace.probabilities import Link, linked, normal
+
+Nets: TypeAlias = Literal["auto", "vmap", "loop"]
+"""All nets at once, one after the other, or the first of these that can."""
 
 
 def sample(
@@ -48,6 +54,7 @@ def sampled_predictive(
     link: Link = "softmax",
     class_dim: int = 1,
     prior_precision: Prior | None = None,
+    route: Nets = "auto",
     chunk_size: int | None = None,
 ) -> Tensor:
     r"""The average prediction of nets drawn from the posterior, [N, *out].
@@ -56,7 +63,10 @@ def sampled_predictive(
 
     samples      K
     link         what is averaged: "softmax" over `class_dim`, "sigmoid", or "identity", the outputs (regression)
-    chunk_size   nets at a time (None: all)
+    route        "vmap": all nets at once; "loop": one after the other, for models that torch.func.vmap cannot take
+                 (nn.LSTM, branches that depend on values, dropout, which a loop draws for every net anew); "auto": the
+                 loop where the vmap fails, with a warning
+    chunk_size   nets at a time (None: all), for the vmap
 
     The net itself, not its linearisation: where the posterior is wide this is usually worse than `predict`, as the
     curvature holds near θ* only (Immer et al. 2021, 2008.08400, §3). Raises HyperparameterError for samples below 1, an
@@ -71,9 +81,37 @@ def sampled_predictive(
         (torch.Size([3, 2]), True)
     """
     at_least(1, samples=samples, chunk_size=chunk_size)
+    if route not in get_args(Nets):
+        raise HyperparameterError(
+            explain("unknown route.", got=repr(route), wanted=" or ".join(map(repr, get_args(Nets))))
+        )
     drawn = sample(posterior, generator, samples, prior_precision=prior_precision)
 
     def one(params: PyTree) -> Tensor:
-        return linked(fn(params, inputs), link, class_dim)
+        return linked(tensor_of(fn(params, inputs)), link, class_dim)
 
-    return torch.func.vmap(one, chunk_size=chunk_size)(drawn).mean(0)
+    if route == "loop":
+        return _one_by_one(one, drawn, samples)
+    try:
+        return torch.func.vmap(one, chunk_size=chunk_size)(drawn).mean(0)
+    except KFacError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if route == "vmap":
+            raise CaptureError(_no_vmap(why)) from error
+    found = _one_by_one(one, drawn, samples)
+    warn(explain("the nets go one after the other.", why=why, options="route='loop', which says nothing"))
+    return found
+
+
+def _one_by_one(one: Callable[[PyTree], Tensor], drawn: PyTree, samples: int) -> Tensor:
+    return reduce(torch.add, (one(_tree.tree_map(lambda x, k=k: x[k], drawn)) for k in range(samples))) / samples
+
+
+def _no_vmap(why: str) -> str:
+    return explain(
+        "torch.func.vmap cannot run the model with many parameters.",
+        got=why,
+        options="route='loop', one net after the other",
+    )

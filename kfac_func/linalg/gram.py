@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kfac_func._errors import HyperparameterError, StateError, explain
-from kfac_func._tracing import readable
+from kfac_func._tracing import readable, without_autocast
 from kfac_func._tree import leaves, storable, tree_map
 from kfac_func.blocks.pairs import BUDGET, Pairs, chunks, matrices
 
@@ -172,6 +172,7 @@ def combinations(rows: Pairs, ys: Tensor) -> Tensor:
     return torch.stack(found).sum(0).reshape(-1, *shape)
 
 
+@without_autocast
 def gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
     """MᵀM [K, K], or MᵀM' [K, K'] with the rows of other examples: from products of rows or from the matrices V_m,
     whichever costs less; memory stays bounded.
@@ -185,6 +186,7 @@ def gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
     return (_by_rows if by_rows <= by_matrices else _by_matrices)(*sides).reshape(columns)
 
 
+@without_autocast
 def summed_gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
     """Σ_v ⟨V_{v,n}, V'_{v,m}⟩ [B, B'], from products of rows or from the matrices V_m, as `gram`."""
     if rows.right.shape[0] == 1:  # V_{1,n} … V_{V,n} below each other are one tall matrix with the same right rows
@@ -203,6 +205,7 @@ def _one_by_one(rows: Pairs) -> list[Pairs]:
     return [Pairs(*sides) for sides in zip(rows.left.split(1), rows.right.split(1), strict=True)]
 
 
+@without_autocast
 def squared_norms(rows: Pairs) -> Tensor:
     """‖V_m‖² as [V, B], the diagonal of MᵀM: from rows, |left|² |right|² for one position, Σ_{t,t'} (left_t·left_t')
     (right_t·right_t') for several; or from the matrices V_m, whichever costs less; memory stays bounded.

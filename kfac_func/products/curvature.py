@@ -19,11 +19,11 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, HyperparameterError, explain
 from kfac_func._tracing import known_bad
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import batch_size
+from kfac_func.capture import as_pair, tensor_of
 from kfac_func.estimators import Estimator, exact
 from kfac_func.estimators.vectors import noise_for
 from kfac_func.losses import Loss, checked_loss, example_weight
-from kfac_func.products.linear import Linear, like, linearize, mathematical, transpose
+from kfac_func.products.linear import Linear, careful, like, linearize, mathematical, some, transpose
 
 Product = Callable[[PyTree], PyTree]
 """A linear map from trees like the parameters to such trees."""
@@ -39,21 +39,21 @@ def hvp(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Product]:
 
     Composes with vmap over stacked vectors and with grad. Attention runs in its mathematical form. Raises BatchError
     for an empty batch or a gradient with NaN, TreeMismatchError for a v unlike the parameters, HyperparameterError for
-    a v with NaN. Source: Pearlmutter 1994.
+    a v with NaN, CaptureError for a model that writes into its parameters. Source: Pearlmutter 1994.
 
         >>> fn = lambda p, x: x * p["w"]
         >>> product = kf.products.hvp(fn, kf.losses.mse())({"w": torch.ones(1)}, (torch.ones(4, 1), torch.zeros(4, 1)))
         >>> product({"w": torch.tensor([3.0])})
         {'w': tensor([6.])}
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
 
     def made(params: PyTree, batch: Any) -> Product:
-        inputs, targets = batch
-        batch_size(inputs)
+        inputs, targets = as_pair(batch)
+        some(fn, inputs)
 
         def value(leaves: list[Tensor]) -> Tensor:
-            return loss.value(fn(_tree.with_leaves(params, leaves), inputs), targets)
+            return loss.value(tensor_of(fn(_tree.with_leaves(params, leaves), inputs)), targets)
 
         with mathematical():
             gradient, pullback = transpose(torch.func.grad(value), _tree.leaves(params))
@@ -80,8 +80,9 @@ def ggn_vp(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Product]:
           dtypes, in units of the loss per squared unit of a parameter
 
     This is the Fisher for all losses of this library. Composes with vmap over stacked vectors and with grad. Raises
-    BatchError for an empty batch, outputs without examples or with NaN, TargetError for targets that do not fit,
-    TreeMismatchError for a v unlike the parameters, HyperparameterError for a v with NaN.
+    BatchError for an empty batch, outputs that are no tensor [N, ...] or have NaN, CaptureError for a model that writes
+    into its parameters, TargetError for targets that do not fit, TreeMismatchError for a v unlike the parameters,
+    HyperparameterError for a v with NaN.
     Source: Schraudolph 2002; Martens 2020 (1412.1193), §8.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
@@ -116,7 +117,7 @@ def fisher_vp(fn: Model, loss: Loss, estimator: Estimator | None = None) -> Call
         >>> torch.equal(product(params)["weight"], product(params)["weight"])
         True
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
 
     def made(
         params: PyTree,
@@ -161,10 +162,10 @@ def ggn_factor(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Factor]:
         >>> torch.allclose(both["bias"], kf.products.ggn_vp(fn, kf.losses.mse())(params, batch)(params)["bias"])
         True
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
 
     def made(params: PyTree, batch: Any) -> Factor:
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         at = linearize(fn, params, inputs)
         z, scale = at.outputs, example_weight(loss, len(at.outputs)) ** 0.5
 
@@ -187,7 +188,7 @@ def metric(
     noise: Tensor | None,
 ) -> tuple[Linear, Callable[[Tensor], Tensor]]:
     """The model at a point, and the curvature of its outputs there: u ↦ w Λ u, or w Σ_c c cᵀ u, [N, *out]."""
-    inputs, targets = batch
+    inputs, targets = as_pair(batch)
     source = exact() if estimator is None else estimator
     at = linearize(fn, params, inputs)
     z, weight = at.outputs, example_weight(loss, len(at.outputs))

@@ -18,6 +18,7 @@ from kfac_func.estimators import Estimator
 from kfac_func.losses import Loss, checked_loss
 from kfac_func.losses.base import widen
 from kfac_func.products.curvature import Product, metric
+from kfac_func.products.linear import careful
 from kfac_func.transforms import tree_vdot
 from kfac_func.transforms.base import safe_sqrt
 
@@ -69,7 +70,7 @@ def fisher_forms(
         tensor([[ 2.,  6.],
                 [ 6., 18.]])
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
 
     def made(
         params: PyTree,
@@ -109,7 +110,7 @@ def kl_quadratic(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Callable[[PyT
         >>> distance({"weight": None, "bias": torch.tensor([0.1, 0.0])})
         tensor(0.0050)
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
 
     def made(params: PyTree, batch: Any) -> Callable[[PyTree], Tensor]:
         forms = fisher_forms(fn, loss)(params, batch)
@@ -130,7 +131,7 @@ def fisher_rao_norm(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Tensor]:
         >>> kf.products.fisher_rao_norm(fn, loss)({"w": torch.tensor([3.0])}, (torch.ones(4, 1), torch.zeros(4, 1)))
         tensor(3.)
     """
-    loss = checked_loss(loss)
+    fn, loss = careful(fn), checked_loss(loss)
     return lambda params, batch: safe_sqrt(fisher_forms(fn, loss)(params, batch)([params])[0, 0])
 
 

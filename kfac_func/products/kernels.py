@@ -10,8 +10,8 @@ of chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, reduce
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor
 from kfac_func._errors import HyperparameterError, explain
 from kfac_func._typing import Model, Progress, PyTree, shown
 from kfac_func.blocks import Pairs
+from kfac_func.capture import as_pair
 from kfac_func.linalg.gram import gram, summed_gram
 from kfac_func.losses import Loss, checked_loss
-from kfac_func.products.rows import ExampleRows, Pass, Route, passes, plans, whole
+from kfac_func.products.routes import Route
+from kfac_func.products.rows import ExampleRows, Pass, reader, whole
 from kfac_func.products.sources import once, own_scores, unit_vectors
 
 Batch: TypeAlias = tuple[Any, Tensor]
@@ -36,8 +38,9 @@ def per_example_gram(
     fn: Model,
     loss: Loss,
     *,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
+    only: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Callable[..., Tensor]:
     r"""Make `(params, batch, other=None) -> K` [N, M], inner products of the examples' gradients, never formed.
@@ -47,7 +50,8 @@ def per_example_gram(
     Units of the squared loss per squared parameter; l_n as in `per_example_grads`. diag K = `per_example_norms`², and
     the eigenvalues of K/N are those of the empirical Fisher (1/N) Σ_n V_n V_nᵀ that are not zero.
 
-    fn, loss, and what is raised: as `per_example_grads`; route, chunk_size, progress: see `kf.products.per_example`
+    fn, loss, and what is raised: as `per_example_grads`; route, chunk_size, only, progress: see
+    `kf.products.per_example`
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> batch = torch.ones(5, 3), torch.zeros(5, 2)
@@ -55,12 +59,12 @@ def per_example_gram(
         torch.Size([5, 5])
     """
     loss = checked_loss(loss)
-    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+    read = reader(fn, route=route, chunk_size=chunk_size, only=only)
 
     def products(params: PyTree, batch: Batch, other: Batch | None = None) -> Tensor:
         parts = [
             read(params, inputs, once(own_scores(loss, targets)))
-            for inputs, targets in ((batch,) if other is None else (batch, other))
+            for inputs, targets in map(as_pair, (batch,) if other is None else (batch, other))
         ]
         return _table(*parts, kernel=gram, progress=progress)
 
@@ -71,8 +75,9 @@ def empirical_ntk(
     fn: Model,
     outputs: Literal["full", "trace"] = "full",
     *,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
+    only: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Callable[..., Tensor]:
     r"""Make `(params, inputs, other=None) -> Θ`, the empirical neural tangent kernel between examples.
@@ -83,9 +88,9 @@ def empirical_ntk(
     other   inputs of M other examples; None: M = N, the same ones
 
     Units of the squared outputs per squared parameter. One backward pass per output; J is never formed on the tape.
-    fn and what is raised: as `per_example_grads`, HyperparameterError for other `outputs`; route, chunk_size, progress:
-    see `kf.products.per_example`. Source: Jacot, Gabriel & Hongler 2018 (1806.07572); Novak, Sohl-Dickstein &
-    Schoenholz 2022 (2206.08720).
+    fn and what is raised: as `per_example_grads`, HyperparameterError for other `outputs`; route, chunk_size,
+    only, progress: see `kf.products.per_example`. Source: Jacot, Gabriel & Hongler 2018 (1806.07572); Novak,
+    Sohl-Dickstein & Schoenholz 2022 (2206.08720).
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> x = torch.ones(5, 3)
@@ -95,7 +100,7 @@ def empirical_ntk(
     if outputs not in ("full", "trace"):
         raise HyperparameterError(explain("unknown outputs.", got=repr(outputs), wanted="'full' or 'trace'"))
     kernel = _by_outputs if outputs == "full" else summed_gram
-    read = partial(passes, fn, route=route, chunk_size=chunk_size, plan=plans(fn))
+    read = reader(fn, route=route, chunk_size=chunk_size, only=only)
 
     def theta(params: PyTree, inputs: Any, other: Any = None) -> Tensor:
         parts = [read(params, x, once(unit_vectors)) for x in ((inputs,) if other is None else (inputs, other))]

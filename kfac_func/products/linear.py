@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, HyperparameterError, TreeMismatchError, explain
 from kfac_func._tracing import known_bad
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import batch_size, check_examples
+from kfac_func.capture import check_examples, not_empty, rules_of, spared, tensor_of
 from kfac_func.losses.base import check_shape
 
 
@@ -39,10 +40,12 @@ def linearize(fn: Model, params: PyTree, inputs: Any) -> Linear:
     >>> at.push({"w": torch.tensor([1.0])}).flatten(), at.pull(torch.ones(2, 1))["w"]
     (tensor([6., 6.]), tensor([12.]))
     """
-    count = batch_size(inputs)
+    some(fn, inputs)
     with mathematical():
-        z, pullback = transpose(lambda leaves: fn(_tree.with_leaves(params, leaves), inputs), _tree.leaves(params))
-    check_examples(z, count)
+        z, pullback = transpose(
+            lambda leaves: tensor_of(fn(_tree.with_leaves(params, leaves), inputs)), _tree.leaves(params)
+        )
+    check_examples(z, len(z) if z.ndim else 1)
     if known_bad([z]):
         raise BatchError(
             explain(
@@ -63,6 +66,36 @@ def linearize(fn: Model, params: PyTree, inputs: Any) -> Linear:
     return Linear(z, push, pull)
 
 
+def careful(fn: Model) -> Model:
+    """The model, whose first run is on copies of its parameters. Raises CaptureError when that writes into them.
+
+    >>> model = careful(lambda p, x: x * p["w"].mul_(2))
+    >>> model({"w": torch.ones(1)}, torch.ones(1))
+    Traceback (most recent call last):
+        ...
+    kfac_func._errors.CaptureError: the model writes into its parameter 'w'.
+      why      a pure function leaves its arguments as they are
+      options  write into a copy: w = w.clone() first
+    """
+    rules, trusted = rules_of(fn), []
+
+    def run(params: PyTree, inputs: Any) -> Any:
+        if trusted or torch.compiler.is_compiling():
+            return rules.fn(params, inputs)
+        found = spared(rules.fn, params, inputs)
+        trusted.append(True)
+        return found
+
+    return replace(rules, fn=run)
+
+
+def some(fn: Model, inputs: Any) -> None:
+    """Raise BatchError for a batch of no examples."""
+    _tree.know(inputs)
+    if not rules_of(fn).whole:
+        not_empty(inputs)
+
+
 def jvp(fn: Model) -> Callable[[PyTree, Any], Callable[[PyTree], Tensor]]:
     r"""Jacobian-vector products: `jvp(fn)(params, inputs)` runs the model once and gives v ↦ J v.
 
@@ -71,14 +104,16 @@ def jvp(fn: Model) -> Callable[[PyTree, Any], Callable[[PyTree], Tensor]]:
     v     a tree like the parameters; a None leaf counts as zeros. Linear; vmap over stacked trees for many
     J v   in the units of the outputs, without any 1/N
 
-    Raises BatchError for an empty batch, outputs without examples or with NaN, TreeMismatchError for a v unlike the
-    parameters, HyperparameterError for a v with NaN. Source: Pearlmutter 1994; J v as the transpose of a transpose.
+    Raises BatchError for an empty batch, outputs that are no tensor [N, ...] or have NaN, CaptureError for a model that
+    writes into its parameters, TreeMismatchError for a v unlike them, HyperparameterError for a v with NaN.
+    Source: Pearlmutter 1994; J v as the transpose of a transpose.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> push = kf.products.jvp(fn)(params, torch.ones(5, 3))
         >>> push({"weight": torch.ones(2, 3), "bias": None})[0]
         tensor([3., 3.])
     """
+    fn = careful(fn)
     return lambda params, inputs: linearize(fn, params, inputs).push
 
 
@@ -89,12 +124,13 @@ def vjp(fn: Model) -> Callable[[PyTree, Any], Callable[[Tensor], PyTree]]:
 
     u     [N, *out], like the outputs. Linear; vmap over stacked u for many
 
-    Raises BatchError for an empty batch, outputs without examples or with NaN, TargetError for a u of another shape.
+    Raises what `jvp` raises, and TargetError for a u of another shape.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> kf.products.vjp(fn)(params, torch.ones(5, 3))(torch.ones(5, 2))["bias"]
         tensor([5., 5.])
     """
+    fn = careful(fn)
     return lambda params, inputs: linearize(fn, params, inputs).pull
 
 

@@ -10,7 +10,7 @@ import torch
 from kfac_func import _tree
 from kfac_func._errors import BatchError, explain
 from kfac_func._typing import Progress, PyTree, shown
-from kfac_func.capture import batch_size, rereadable
+from kfac_func.capture import as_pair, repeatable, rereadable
 from kfac_func.losses import Loss, checked_loss, example_weight
 from kfac_func.products.curvature import Product
 
@@ -37,10 +37,9 @@ def accumulate(
     cache      read the batches once, now, and keep the linearised model of each: no later product runs the model
     progress   wraps what a pass goes through; tqdm.tqdm fits
 
-    A sampled operator is the same for every product only if every pass reads the same batches in the same order, or
-    with `cache`. A mean that is not over examples (class weights, ignored targets) is that of each batch. Raises
-    HyperparameterError for batches that can be read only once, BatchError when there are none, and what the products
-    raise.
+    A pass draws what the first one drew, in a model with dropout too. A mean that is not over examples (class weights,
+    ignored targets) is that of each batch. Raises, without `cache`, HyperparameterError for batches that can be read
+    only once or are shuffled in every pass; BatchError when there are none, and what the products raise.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> loss = kf.losses.mse()
@@ -50,17 +49,22 @@ def accumulate(
         tensor([1.8750, 1.8750, 1.8750])
     """
     loss = checked_loss(loss)
-    rereadable(batches, "every product goes through all of them")
+    if not cache:
+        batches = rereadable(batches, "every product goes through all of them")
+    again = repeatable(_tree.leaves(params))
     seed = None if generator is None else _seed(generator)
 
     def passed() -> Iterator[tuple[int, Product]]:
-        again = {} if seed is None else {"generator": torch.Generator(seed.device).manual_seed(int(seed))}
+        drawn = {} if seed is None else {"generator": torch.Generator(seed.device).manual_seed(int(seed))}
         for batch in shown(batches, progress):
-            yield batch_size(batch[0]), made(params, batch, **again)
+            yield len(as_pair(batch)[1]), made(params, batch, **drawn)
 
     kept = list(passed()) if cache else None
 
     def product(vector: PyTree) -> PyTree:
+        return again(lambda: summed(vector))
+
+    def summed(vector: PyTree) -> PyTree:
         total, count = None, 0
         for n, one in passed() if kept is None else shown(kept, progress):
             part = _scaled(one(vector), 1 / example_weight(loss, n))

@@ -8,17 +8,17 @@ import torch
 
 from kfac_func._errors import StateError, explain
 from kfac_func.blocks import Layout, Pairs, matrices, pack
-from kfac_func.products.rows import ExampleRows, Route
+from kfac_func.products.rows import ExampleRows
 
 
-def regrouped(rows: ExampleRows, layouts: Iterable[Layout], route: Route) -> dict[str, Pairs]:
+def regrouped(rows: ExampleRows, layouts: Iterable[Layout]) -> dict[str, Pairs]:
     """The rows of every block of `layouts`, by its name; zero for a block that the model did not read.
 
-    The tape sees blocks, which must be these. The route "vmap" gives leaves, which are joined to blocks: the arrays
-    V_{v,n} themselves, one row of theirs at a time. Raises StateError for a block of the tape that is not known.
+    The tape sees blocks, which must be these. Other routes give leaves, which are joined to blocks: the arrays V_{v,n}
+    themselves, one row of theirs at a time. Raises StateError for a block of the tape that is not known.
     """
     known = {layout.name: layout for layout in layouts}
-    if route == "vmap":
+    if rows.by_leaf:
         return {name: _joined(layout, rows) for name, layout in known.items()}
     for name, layout in rows.layouts.items():
         if known.get(name) != layout:
@@ -27,7 +27,7 @@ def regrouped(rows: ExampleRows, layouts: Iterable[Layout], route: Route) -> dic
                     f"the curvature does not know block {name!r} as this model uses it.",
                     got=_form(layout),
                     wanted=_form(known[name]) if name in known else ", ".join(map(repr, known)),
-                    options="measure the curvature with the same model; or route='vmap', for which any form will do",
+                    options="measure the curvature with the same model; or route='vmap' or 'loop': any form will do",
                 )
             )
     return {name: rows.pairs[name] if name in rows.pairs else _silent(at, rows) for name, at in known.items()}

@@ -14,7 +14,7 @@ from kfac_func._errors import BatchError, HyperparameterError, TreeMismatchError
 from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import pack
-from kfac_func.capture import batch_size, make_plan
+from kfac_func.capture import as_pair, check_examples, make_plan, not_empty, rules_of, tensor_of
 from kfac_func.losses import Loss, checked_loss
 
 CHUNK = 64  # backward passes that are made at once
@@ -49,28 +49,23 @@ class Problem(NamedTuple):
 def opened(fn: Model, loss: Loss, params: PyTree, batch: tuple[Any, Tensor], blocks: bool, limit: int) -> Problem:
     """Linearise the model at a batch, and say which rows are wanted. Raises what `dense_ggn` says."""
     loss = checked_loss(loss)
-    inputs, targets = batch
-    examples = batch_size(inputs)
+    inputs, targets = as_pair(batch)
+    _tree.know(inputs)
+    if not rules_of(fn).whole:
+        not_empty(inputs)
     _differentiable(params)
     theta, unravel = _tree.ravel(params)
     wanted = block_indices(fn, params, inputs) if blocks else {"": torch.arange(len(theta))}
     _affordable(wanted, theta, limit)
 
     def outputs(x: Tensor) -> Tensor:
-        return fn(unravel(x), inputs)
+        return tensor_of(fn(unravel(x), inputs))
 
     def of_outputs(z: Tensor) -> Tensor:
         return loss.value(z, targets)
 
     z, pullback, *_ = vjp(outputs, theta)
-    if z.ndim == 0 or len(z) != examples:
-        raise BatchError(
-            explain(
-                "the outputs do not have the examples in the first dimension.",
-                got=f"outputs {list(z.shape)} for {examples} examples",
-                options="return [N, positions, classes] instead of rows that mix examples and positions",
-            )
-        )
+    check_examples(z, len(targets))
     wanted = {name: rows.to(theta.device) for name, rows in wanted.items()}
     return Problem(
         theta, lambda x: of_outputs(outputs(x)), z, targets, of_outputs, pullback, wanted, slices(params), blocks

@@ -38,14 +38,17 @@ PLACED = {"w": torch.ones(2, 3), "place": torch.ones(2, 2)}
 X = torch.arange(12.0).reshape(4, 3)
 
 CASES = {
-    "route": Case(lambda: P.jacobian(FN, route=wrong("loop"))(PARAMS, X), HYPER, "'loop'", "'tape' or 'vmap'"),
+    "route": Case(lambda: P.jacobian(FN, route=wrong("loops"))(PARAMS, X), HYPER, "'loops'", "'tape' or 'vmap'"),
     "chunk size": Case(lambda: P.jacobian(FN, chunk_size=0)(PARAMS, X), HYPER, "chunk_size", "at least 1"),
     "outputs": Case(lambda: P.empirical_ntk(FN, wrong("mean")), HYPER, "'mean'", "'full' or 'trace'"),
-    "unseen": Case(lambda: P.jacobian(gated)(GATED, X), CAPTURE, "'gain'", "route='vmap'"),
-    "shared": Case(lambda: P.jacobian(placed)(PLACED, X), CAPTURE, "'place'", "route='vmap'"),
-    "no plan": Case(lambda: P.jacobian(interleaved)({"w": torch.ones(2, 3)}, X), CAPTURE, "'w'", "route='vmap'"),
+    "unseen": Case(lambda: P.jacobian(gated, route="tape")(GATED, X), CAPTURE, "'gain'", "route='vmap'"),
+    "shared": Case(lambda: P.jacobian(placed, route="tape")(PLACED, X), CAPTURE, "'place'", "route='vmap'"),
+    "no plan": Case(
+        lambda: P.jacobian(interleaved, route="tape")({"w": torch.ones(2, 3)}, X), CAPTURE, "'w'", "route='vmap'"
+    ),
     "outputs without examples": Case(
-        lambda: P.jacobian(lambda p, x: FN(p, x).T, route="vmap")(PARAMS, X), errors.BatchError, "[2, 4]", "return [N,"
+        lambda: P.jacobian(lambda p, x: FN(p, x).T, route="vmap")(PARAMS, X),
+        errors.BatchError, "[4, 3]", "outputs [N, ...]",
     ),
     "no such block": Case(
         lambda: example_rows(FN, PARAMS, X, unit_vectors, only=["head*"]),

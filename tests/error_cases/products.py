@@ -52,7 +52,7 @@ CASES = {
     "no examples for a Hessian": Case(lambda: HVP(PARAMS, (INPUTS[:0], TARGETS)), BATCHES, "[0, 3]", "at least one"),
     "no examples for a Jacobian": Case(lambda: kf.products.jvp(FN)(PARAMS, INPUTS[:0]), BATCHES, "[0, 3]", "at least"),
     "outputs that are no examples": Case(
-        lambda: kf.products.vjp(lambda p, x: FN(p, x).T)(PARAMS, INPUTS), BATCHES, "[2, 4]", "return [N,"
+        lambda: kf.products.vjp(lambda p, x: FN(p, x).sum())(PARAMS, INPUTS), BATCHES, "outputs []", "return [N,"
     ),
     "nothing to multiply with": Case(
         lambda: kf.products.fisher_vp(FN, MSE, kf.estimators.forward_only())(PARAMS, BATCH),

@@ -225,7 +225,7 @@ def test_uses_that_the_tape_cannot_see_go_through_a_vmap(policy):
     assert close(scores(case, state, route="vmap"), wanted[:3])
     assert close(own(case, state, route="vmap"), wanted.diagonal())
     with pytest.raises(kf.errors.CaptureError, match="'scale'"):
-        own(case, state)
+        own(case, state, route="tape")
 
 
 def test_gradients_flow_to_the_damping():

@@ -161,7 +161,7 @@ def test_what_the_tape_refuses_goes_by_the_other_route():
         scaled, GAUSSIAN, params, [(x, y)], unclaimed={"gate": "diagonal"}, generator=torch.Generator().manual_seed(0)
     )
     with pytest.raises(kf.errors.CaptureError, match="gate"):
-        kf.laplace.predict(posterior, scaled, x)
+        kf.laplace.predict(posterior, scaled, x, route="tape")
     found = kf.laplace.predict(posterior, scaled, x, route="vmap")
     every = torch.func.jacrev(scaled)(params, x)
     j = torch.cat([every[path].flatten(2) for path in ("b", "gate", "unread", "w")], dim=-1)
