@@ -34,6 +34,7 @@ from kfac_func.blocks.measures import squares as squares
 from kfac_func.blocks.measures import squares_of as squares_of
 from kfac_func.blocks.measures import within as within
 from kfac_func.blocks.pairs import Pairs as Pairs
+from kfac_func.blocks.pairs import apart as apart
 from kfac_func.blocks.pairs import chunks as chunks
 from kfac_func.blocks.pairs import matrices as matrices
 from kfac_func.blocks.pairs import pairs as pairs

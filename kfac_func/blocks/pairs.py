@@ -55,6 +55,22 @@ def pairs(block: Block, sharing: str = "expand") -> Pairs:
     return Pairs(left * block.examples**-0.5, right)
 
 
+def apart(block: Block, user: str) -> Block:
+    """The block itself, for `user` who promises what is exact.
+
+    Raises StateError when gradients go from the output of one example to the rows of another.
+    """
+    if block.crossed and block.examples > 1:
+        raise StateError(
+            explain(
+                f"{user} promises the block {block.layout.name!r} itself, and the examples of the batch see each other.",
+                why="the gradient of one example's output reaches the rows of another (batch statistics, another order)",
+                options="kronecker() or eigen(), which are right in expectation; GroupNorm or LayerNorm for batch norm",
+            )
+        )
+    return block
+
+
 def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = False) -> dict[str, Pairs]:
     """The rows of all blocks, alike in V and B, so that a column of M is one example of the whole net; `of_factors`:
     those that A and G are made of.

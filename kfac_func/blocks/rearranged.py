@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfac_func.blocks.base import Block, Use
 from kfac_func.blocks.factors import add
-from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
+from kfac_func.blocks.pairs import Pairs, apart, chunks, matrices, pairs
 from kfac_func.blocks.rows import examples_first
 
 
@@ -34,7 +34,7 @@ def rearranged(block: Block, radius: int | None = None) -> Rearranged:
     radius    pairs of positions that are further apart on the map (in any of its dimensions), or on maps of different
               images or uses, are left out. Blocks without a map (`Kind.grid`) keep all pairs. None: all
     """
-    rows, masks = pairs(block), _near(block, radius)
+    rows, masks = pairs(apart(block, "the nearest sum of Kronecker products")), _near(block, radius)
     if masks == []:
         return Rearranged(rows)
     if radius == 0:  # positions are as good as examples

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from kfac_func._errors import at_least
-from kfac_func.blocks import pairs
+from kfac_func.blocks import Block, Pairs, apart, pairs
 from kfac_func.curvature.base import Batch, Structure
 from kfac_func.linalg.gram import (
     Rule,
@@ -59,6 +59,9 @@ def block_diagonal(*, rule: Rule = "standard", window: int = 1) -> Structure:
     known_rule(rule)
     at_least(1, window=window)
 
+    def prepare(block: Block) -> Pairs:
+        return pairs(apart(block, "block_diagonal()"))
+
     def absorb(state: Any, batch: Batch, fraction: Tensor) -> Window:
         return shifted(state, batch.ask(lambda rows: rows), fraction, window)
 
@@ -74,4 +77,4 @@ def block_diagonal(*, rule: Rule = "standard", window: int = 1) -> Structure:
         return m @ m.mT
 
     name = f"block_diagonal[{rule}, window={window}]"
-    return Structure(name, sizes, factorize, solve, dense, prepare=pairs, absorb=absorb)
+    return Structure(name, sizes, factorize, solve, dense, prepare=prepare, absorb=absorb)

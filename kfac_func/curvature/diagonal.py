@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfac_func._tree import storable
-from kfac_func.blocks import Block, squares
+from kfac_func.blocks import Block, apart, squares
 from kfac_func.curvature.base import Structure
 from kfac_func.linalg import Spectral, elementwise
 
@@ -44,7 +44,7 @@ def diagonal() -> Structure:
     """
 
     def measure(block: Block) -> DiagonalState:
-        return DiagonalState(squares(block))
+        return DiagonalState(squares(apart(block, "diagonal()") if block.layout.matrix else block))
 
     def factorize(state: DiagonalState, damping: Tensor, split: str) -> DiagonalFactored:
         del split

@@ -99,12 +99,34 @@ def test_exact_vectors_need_a_generator():
         step(PARAMS, (X, Y))
 
 
-def test_the_exact_natural_gradient_is_refused():
-    tx = kf.exact_natural_gradient(damping=0.1)
+PROMISES: dict[str, Callable[[], kf.GradientTransformation]] = {
+    "exact_natural_gradient": kf.exact_natural_gradient,
+    "diagonal": lambda: kf.kfac(kf.curvature.diagonal()),
+    "block_diagonal": lambda: kf.kfac(kf.curvature.block_diagonal()),
+    "kpsvd": kf.kpsvd,
+    "deflation": lambda: kf.deflation(2),
+    "corrected": kf.corrected,
+    "lanczos": lambda: kf.lanczos(2),
+}
+
+
+@pytest.mark.parametrize("made", PROMISES.values(), ids=PROMISES)
+def test_what_promises_the_block_itself_is_refused(made):
     step: Any = kf.value_grad_and_stats(centred, LOSS)
     _, grads, stats = step(PARAMS, (X, Y), generator=torch.Generator().manual_seed(0))
+    tx = made()
     with pytest.raises(kf.errors.StateError, match="see each other"):
         tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
+
+
+@pytest.mark.parametrize("made", [kf.kfac, kf.ekfac, kf.inverse_free])
+def test_what_is_an_approximation_goes_on(made):
+    step: Any = kf.value_grad_and_stats(centred, LOSS)
+    _, grads, stats = step(PARAMS, (X, Y), generator=torch.Generator().manual_seed(0))
+    tx = made()
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
+    assert int(state.observed) == 1
+    assert all(bool(u.isfinite().all()) and bool((u * grads[k]).sum() > 0) for k, u in updates.items())
 
 
 def test_statistics_of_the_inputs_alone_cross_nothing():
