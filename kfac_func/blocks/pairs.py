@@ -63,8 +63,8 @@ def apart(block: Block, user: str) -> Block:
     if block.crossed and block.examples > 1:
         raise StateError(
             explain(
-                f"{user} promises the block {block.layout.name!r} itself, and the examples of the batch see each other.",
-                why="the gradient of one example's output reaches the rows of another (batch statistics, another order)",
+                f"{user} promises block {block.layout.name!r} itself, and the examples of the batch see each other.",
+                why="the gradient of one example's output reaches the rows of another (a batch norm, another order)",
                 options="kronecker() or eigen(), which are right in expectation; GroupNorm or LayerNorm for batch norm",
             )
         )

@@ -154,6 +154,8 @@ def check_examples(outputs: Tensor, count: int) -> None:
 def where_examples(two: Found, three: Found) -> Where | str | None:
     """Where the examples are in the output of a use, None for a use without them; or in words why they are nowhere."""
     a, b = two.output.shape, three.output.shape
+    if two.positions == 0 or three.positions == 0:
+        return "on no rows at all of the examples that the plan was made with"
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if len(a) == len(b) and not grown:
         return None
