@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import kfac_func as kf
 from tests.fuzz.cases import case
 from tests.fuzz.dying import dying
 from tests.fuzz.report import report
-from tests.fuzz.trees import flat
+from tests.fuzz.trees import flat, mapped
 from tests.fuzz.verdicts import FAILURES, Verdict, judged
 from tests.fuzz.workers import run
 
@@ -23,7 +24,6 @@ CASES, BLOCK = 300, 25  # half of them hostile
 REFUSED = 0.35  # of harmless checks, at most
 
 steps, kronecker = import_module("kfac_func.estimators.statistics"), import_module("kfac_func.curvature.kronecker")
-per_example = import_module("kfac_func.products.per_example")
 
 
 def failures(verdicts: list[Verdict]) -> list[Verdict]:
@@ -96,7 +96,11 @@ def forgotten_n(true: Callable) -> Callable:
 
 
 def reordered(true: Callable) -> Callable:
-    return lambda *given: [leaf.flip(1) for leaf in true(*given)]
+    def made(*given: Any, **options: Any) -> Callable:
+        grads = true(*given, **options)
+        return lambda *batch: mapped(grads(*batch), lambda leaf: leaf.flip(0))
+
+    return made
 
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[[Callable], Callable], str, range]] = {
@@ -104,7 +108,7 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[[Callable], Callable], str, range]
     "a use is lost": (steps, "gradients", lost_use, "gradient", range(60)),
     "A and G are swapped": (kronecker, "kronecker_state", swapped, "K-FAC of one example", range(250)),
     "1/N is forgotten": (steps, "example_weight", forgotten_n, "diagonal", range(20)),
-    "examples are in another order": (per_example, "_arrays", reordered, "per_example_grads", range(20)),
+    "examples are in another order": (kf.products, "per_example_grads", reordered, "per_example_grads", range(20)),
 }
 
 
