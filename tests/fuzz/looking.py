@@ -49,10 +49,11 @@ def agree(what: str, got: Tensor, want: Tensor, tolerance: float, scale: Tensor 
         raise Wrong(f"{what}: shape {list(got.shape)}, wanted {list(want.shape)}")
     if want.dtype.itemsize < 4 and float(want.abs().max()) > torch.finfo(want.dtype).max / 8:
         raise Pointless
+    floor = 1e-3 * torch.finfo(want.dtype).eps ** 0.5 if want.dtype != torch.float64 else 1e-12
     got, want = (x.detach().to(torch.promote_types(x.dtype, torch.float64)) for x in (got, want))
     size = float((want if scale is None else scale.detach().double()).norm())
     off = float((got - want).norm())
-    if not off <= tolerance * size + 1e-12:
+    if not off <= tolerance * size + floor:
         raise Wrong(f"{what}: off by {off / max(size, 1e-300):.2g} of {size:.3g}")
 
 
