@@ -19,8 +19,9 @@ from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, TreeMismatchError, explain
 from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import as_pair, finder
+from kfac_func.capture import as_pair, finder, tensor_of
 from kfac_func.losses import Loss, example_weight
+from kfac_func.products.linear import careful
 from kfac_func.transforms.masks import Mask, selected
 
 
@@ -106,6 +107,7 @@ def quadratic_model(
             explain("examples has a value that has no meaning.", got=examples, wanted="an int, or a float in (0, 1]")
         )
 
+    fn = careful(fn)
     first = _firsts(fn, examples)
 
     def covered(params: PyTree) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def quadratic_model(
     @without_autocast
     def value(params: PyTree, batch: Any) -> Tensor:
         inputs, targets = as_pair(batch)
-        return loss.value(fn(params, inputs), targets).to(torch.float64) + penalty(params)
+        return loss.value(tensor_of(fn(params, inputs)), targets).to(torch.float64) + penalty(params)
 
     @without_autocast
     def form(params: PyTree, batch: Any, directions: Sequence[PyTree], gradient: PyTree, damping: Any = 0.0) -> Form:
@@ -193,7 +195,7 @@ def _pushed(fn: Model, params: PyTree, inputs: Any, vs: list[list[Tensor]]) -> t
     """z and J v for every direction [K, N, *out]."""
 
     def outputs(leaves: list[Tensor]) -> Tensor:
-        return fn(_tree.with_leaves(params, leaves), inputs)
+        return tensor_of(fn(_tree.with_leaves(params, leaves), inputs))
 
     def pushed(v: list[Tensor]) -> tuple[Tensor, Tensor]:
         tangents = [t.to(x.dtype) for t, x in zip(v, leaves, strict=True)]

@@ -15,6 +15,7 @@ from kfac_func.capture import rereadable
 from kfac_func.influence.gradients import Read, Score, arrays, prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.losses import Loss, checked_loss
+from kfac_func.losses.means import same_mean
 from kfac_func.products.routes import Route
 
 Measurement: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -45,10 +46,10 @@ def scores(
     Positive: the example helps, and without it the query's loss rises. Scores are linear in n and q: that of a group
     is the sum over the group.
 
-    fn, loss, params   as in `value_grad_and_stats`; l_n is the example's own loss (class weights are normalised over
-                       its batch, where the loss does that)
+    fn, loss, params   as in `value_grad_and_stats`; l_n is the example's own loss
     state              a K-FAC state at params, of `kf.fit_curvature` for example; any curvature with an eigenbasis
-    train_batches      (inputs, targets), gone through once for every query batch: a list or a loader, no iterator
+    train_batches      (inputs, targets), gone through once for every query batch: a list, or a loader that does not
+                       shuffle
     query_batches      (inputs, targets), gone through once. The gradients of one query batch are held, Q_batch times
                        the size of the parameters; those of training examples are not
     damping            λ > 0 of all blocks, in units of F̂; None: that of the state. 0.1 tr F̂/P is usual; with the l2
@@ -64,8 +65,10 @@ def scores(
     (Bae et al. 2022). Training anew can give something else.
 
     Raises BatchError for no batch, an empty batch and NaN, HyperparameterError where F̂ + λ has no inverse, for an
-    iterator and for patterns without a block, StateError for a state without statistics, eigenbasis or the blocks of
-    this model, TreeMismatchError for other parameters, CaptureError where the tape has no rows for an example.
+    iterator, a loader that shuffles, patterns without a block, and a "mean" that depends on the batches (ignored
+    targets, class weights); StateError for a state without statistics, eigenbasis or the blocks of this model,
+    TreeMismatchError for other parameters, CaptureError for examples that see each other, and where an explicit route
+    has no rows for them.
     Source: Koh & Liang 2017 (1703.04730), §2; with EKFAC Grosse et al. 2023 (2308.03296), §3; Bae et al. 2022
     (2209.05364).
 
@@ -77,13 +80,15 @@ def scores(
         torch.Size([4, 5])
     """
     loss = checked_loss(loss)
+    own, asked = same_mean(loss), loss if query_loss is None else query_loss
+    score = score_of(same_mean(asked) if isinstance(asked, Loss) else asked)
     train_batches = rereadable(train_batches, "every batch of queries needs all of the training examples")
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
     found = []
     for queries in query_batches:
-        directions = _solved(spectra, read, score_of(loss if query_loss is None else query_loss), queries)
+        directions = _solved(spectra, read, score, queries)
         seen = shown(train_batches, progress)
-        met = [_met(directions, rows) for batch in seen for rows in read(loss.score, batch)]
+        met = [_met(directions, rows) for batch in seen for rows in read(own.score, batch)]
         found.append(torch.cat(some(met, "training examples"), dim=1))
     return torch.cat(some(found, "queries"))
 

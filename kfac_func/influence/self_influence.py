@@ -15,6 +15,7 @@ from kfac_func.influence.gradients import prepared, some
 from kfac_func.linalg import Spectral
 from kfac_func.linalg.spectral import seen_in, squared
 from kfac_func.losses import Loss, checked_loss
+from kfac_func.losses.means import same_mean
 from kfac_func.products.routes import Route
 
 
@@ -49,7 +50,7 @@ def self_influence(
         >>> kf.influence.self_influence(fn, kf.losses.mse(), params, state, batches, damping=0.1).shape
         torch.Size([5])
     """
-    loss = checked_loss(loss)
+    loss = same_mean(checked_loss(loss))
     spectra, read = prepared(fn, params, state, damping, route, chunk_size, only)
     found = [_total(spectra, rows) for batch in shown(batches, progress) for rows in read(loss.score, batch)]
     return torch.cat(some(found, "training examples"))

@@ -27,7 +27,7 @@ from kfac_func.products.routes import Route
 from kfac_func.products.rows import ExampleRows, Pass, reader, whole
 from kfac_func.products.sources import once, own_scores, unit_vectors
 
-Batch: TypeAlias = tuple[Any, Tensor]
+Batch: TypeAlias = tuple[Any, Tensor] | list[Any]
 """(inputs, targets)."""
 
 Kernel: TypeAlias = Callable[[Pairs, Pairs], Tensor]

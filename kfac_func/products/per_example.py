@@ -37,7 +37,7 @@ from kfac_func.products.rows import ExampleRows, joined, reader, whole
 from kfac_func.products.sources import estimated, once, own_scores, unit_vectors
 from kfac_func.transforms.base import safe_sqrt
 
-Batch: TypeAlias = tuple[Any, Tensor]
+Batch: TypeAlias = tuple[Any, Tensor] | list[Any]
 """(inputs, targets)."""
 
 
