@@ -25,3 +25,4 @@ from kfac_func.capture.record import examples_of as examples_of
 from kfac_func.capture.record import record as record
 from kfac_func.capture.restricting import chosen_leaves as chosen_leaves
 from kfac_func.capture.restricting import restricted as restricted
+from kfac_func.capture.steady import steadied as steadied

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 Again: TypeAlias = Callable[[Callable[[], Any]], Any]
 """Calls a function with the global generators as they were in the beginning."""
+
+
+class Generators(NamedTuple):
+    """What the global generators of the CPU (None) and of some devices will draw."""
+
+    states: dict[int | None, Tensor]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Generators:
+        """Those of the CPU and of the devices of the tensors, as they are now."""
+        devices = sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
+        return cls({None: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in devices})
+
+    @property
+    def devices(self) -> list[int]:
+        """The devices that are no CPU."""
+        return [device for device in self.states if device is not None]
+
+    def again(self) -> Generators:
+        """The same generators as they are now."""
+        return Generators(
+            {None: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in self.devices}
+        )
+
+    def restore(self) -> None:
+        """Let them draw these numbers."""
+        for device, state in self.states.items():
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
 
 
 @contextlib.contextmanager
@@ -22,12 +53,11 @@ def same_draws(tensors: Iterable[Tensor]) -> Iterator[Again]:
     ...     bool(again(lambda: torch.rand(1)) == again(lambda: torch.rand(1)))
     True
     """
-    devices = _devices(tensors)
-    with torch.random.fork_rng(devices=devices):
-        states = _states(devices)
+    before = Generators.of(tensors)
+    with torch.random.fork_rng(devices=before.devices):
 
         def again(run: Callable[[], Any]) -> Any:
-            _restore(states)
+            before.restore()
             return run()
 
         yield again
@@ -47,27 +77,10 @@ def repeatable(tensors: Iterable[Tensor]) -> Again:
         if torch.compiler.is_compiling():
             return run()
         if not first:
-            first.append(_states(_devices(tensors)))
+            first.append(Generators.of(tensors))
             return run()
-        with torch.random.fork_rng(devices=_devices(tensors)):
-            _restore(first[0])
+        with torch.random.fork_rng(devices=first[0].devices):
+            first[0].restore()
             return run()
 
     return again
-
-
-def _devices(tensors: Iterable[Tensor]) -> list[int]:
-    return sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
-
-
-def _states(devices: list[int]) -> dict[int | None, Tensor]:
-    """By device, None for the CPU."""
-    return {None: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in devices}
-
-
-def _restore(states: dict[int | None, Tensor]) -> None:
-    for device, state in states.items():
-        if device is None:
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)

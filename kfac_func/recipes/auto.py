@@ -13,6 +13,7 @@ from kfac_func import _tree
 from kfac_func._errors import StateError, explain
 from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree
+from kfac_func.capture import steadied
 from kfac_func.control import (
     AdaptDampingState,
     QuadraticModelState,
@@ -92,8 +93,9 @@ def kfac_auto(
     reject          take steps back after which the loss of their batch is higher: one more forward pass per step
 
     `step` makes one forward pass for value, gradient and statistics, one jvp per direction, and every fifth time one
-    more forward pass. Without a generator the draws are seeded by the number of the step: equal states make equal
-    steps. Not under vmap and torch.compile (take the chain). Raises what its parts raise.
+    more forward pass, all with the same dropout. Without a generator the draws of the estimator are seeded by the
+    number of the step: equal states make equal steps. Not under vmap and torch.compile (take the chain). Raises what
+    its parts raise.
     Source: Martens & Grosse 2015 (1503.05671), §6 and §7; averaged gradients and the unit of damping are ours.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
@@ -104,6 +106,7 @@ def kfac_auto(
         >>> info.loss.item() < 0.01
         True
     """
+    fn, steady = steadied(fn)
     model = quadratic_model(fn, loss, l2=l2, mask=l2_mask, examples=examples)
     run = value_grad_and_stats(fn, loss, estimator=estimator, **options)
     pull = [add_decayed_weights(l2, l2_mask)] if l2 else []
@@ -119,9 +122,10 @@ def kfac_auto(
         params: PyTree, state: AdaptDampingState, batch: Any, generator: torch.Generator | None = None
     ) -> tuple[PyTree, AdaptDampingState, AutoInfo]:
         draws = _seeded(state, params) if generator is None else generator
-        value, grads, stats = run(params, batch, generator=draws)
-        total = value.to(torch.float64) + model.penalty(params)
-        updates, state = tx.update(grads, state, params, stats=stats, batch=batch, value=total)
+        with steady.step(_tree.leaves(params)):
+            value, grads, stats = run(params, batch, generator=draws)
+            total = value.to(torch.float64) + model.penalty(params)
+            updates, state = tx.update(grads, state, params, stats=stats, batch=batch, value=total)
         return apply_updates(params, updates), state, _info(state, total)
 
     return Auto(tx.init, step)
