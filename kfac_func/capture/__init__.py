@@ -20,6 +20,7 @@ from kfac_func.capture.planner import Planner as Planner
 from kfac_func.capture.planner import finder as finder
 from kfac_func.capture.planner import planner as planner
 from kfac_func.capture.planning import make_plan as make_plan
+from kfac_func.capture.proof import proven as proven
 from kfac_func.capture.record import Record as Record
 from kfac_func.capture.record import examples_of as examples_of
 from kfac_func.capture.record import record as record

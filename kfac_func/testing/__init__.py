@@ -1,5 +1,6 @@
 """Oracles for those who add layer kinds and structures, or want a dense truth: slow, and obviously right."""
 
+from kfac_func.testing.captured import assert_captured as assert_captured
 from kfac_func.testing.dense import dense_empirical_fisher as dense_empirical_fisher
 from kfac_func.testing.dense import dense_fisher as dense_fisher
 from kfac_func.testing.dense import dense_ggn as dense_ggn
