@@ -109,12 +109,12 @@ def plain(x: Tensor) -> Tensor:
 
 
 def settled(x: Tensor) -> Tensor:
-    """A parameter of a module as plain numbers, so that no step hangs on it; what was computed keeps its history.
+    """A parameter of a module as plain numbers, so that no step hangs on it; all other tensors keep their history.
 
     >>> settled(torch.nn.Parameter(torch.ones(1)))
     tensor([1.])
     """
-    return x.detach() if readable(x) and x.requires_grad and x.is_leaf else x
+    return x.detach() if isinstance(x, torch.nn.Parameter) else x
 
 
 def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:

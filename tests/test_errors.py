@@ -107,12 +107,8 @@ def nowhere(p: Any, x: Tensor) -> Tensor:
     return F.linear(torch.cat([x, torch.ones(1, 3)]), p["w"])[:-1]
 
 
-def interleaved(p: Any, x: Tensor) -> Tensor:
-    return F.linear(torch.stack([x, 2 * x]).flatten(0, 1), p["w"]).unflatten(0, (2, -1)).sum(0)
-
-
 def by_size(p: Any, x: Tensor) -> Tensor:
-    return F.linear(x, p["w"]) if len(x) == 1 else x @ p["w"]
+    return F.linear(x, p["w"]) if len(x) == 2 else x @ p["w"]
 
 
 def shared_norm(p: Any, x: Tensor) -> Tensor:
@@ -146,8 +142,9 @@ TWICE: Callable = lambda x, w: F.linear(F.linear(x, w), w)  # noqa: E731
 SCALED: Callable = lambda x, w: F.linear(x, w) * w.norm()  # noqa: E731
 PRODUCT: Callable = lambda x, w: x @ w  # noqa: E731
 LAYOUT = Layout("w", "linear", "w", "b", (2, 3), (0, 1), outputs=2)
-HYPER, MISMATCH, CAPTURE, STATE = (
+HYPER, MISMATCH, CAPTURE, STATE, UNSEEN = (
     errors.HyperparameterError, errors.TreeMismatchError, errors.CaptureError, errors.StateError,
+    errors.UncapturedParameterError,
 )  # fmt: skip
 
 ROOMS = {room.name: import_module(f"tests.error_cases.{room.name}") for room in iter_modules(error_cases.__path__)}
@@ -161,14 +158,13 @@ CASES = {f"{room}: {name}": case for room, module in ROOMS.items() for name, cas
     "sparse embedding": Case(module(nn.Embedding(5, 2, sparse=True), TOKENS), CAPTURE, "'weight'", "without sparse"),
     "one tensor twice": Case(plan(FN, {"a": W, "b": W}), CAPTURE, "'a'", "clone one"),
     "no examples": Case(plan(FN, PARAMS, X[:0]), errors.BatchError, "[0, 3]", "at least one"),
-    "a shared group norm": Case(plan(shared_norm, {"w": W[0]}), CAPTURE, "'w'", "unclaimed={'w': 'diagonal'}"),
-    "examples interleaved": Case(plan(interleaved), CAPTURE, "'w'", "[examples, positions, ...]"),
-    "examples nowhere": Case(plan(nowhere), CAPTURE, "'w'", "leave the parameter unclaimed"),
+    "a shared group norm": Case(plan(shared_norm, {"w": W[0]}), UNSEEN, "'w'", "unclaimed={'w': 'diagonal'}"),
+    "examples nowhere": Case(plan(nowhere), UNSEEN, "'w'", "unclaimed={'w': 'diagonal'}"),
     "a bias of two": Case(plan(convolutions, CONVOLUTIONS), CAPTURE, "'b'", "a bias of its own"),
     "two forms": Case(plan(two_forms), CAPTURE, "'w'", "use two parameters"),
     "distributed": Case(lambda: kf.make_functional(WRAPPED), CAPTURE, "DistributedDataParallel", "module.module"),
     "batch norm trains": Case(module(TRAINING), CAPTURE, "'1'", ".eval()"),
-    "depends on the size": Case(plan(by_size), CAPTURE, "one example", "independent of the batch size"),
+    "depends on the size": Case(plan(by_size), CAPTURE, "two examples", "independent of the batch"),
     "input written": Case(plan(written), CAPTURE, "'w'", "x = x + y"),
     "unknown policy": Case(plan(FN, PARAMS, unclaimed={"w*": "skip"}), HYPER, "'w*'", "'diagonal' or 'identity'"),
     "no such path": Case(plan(FN, PARAMS, unclaimed={"x": "identity"}), CAPTURE, "'x'", "mend the path"),
@@ -180,7 +176,7 @@ CASES = {f"{room}: {name}": case for room, module in ROOMS.items() for name, cas
     "another use": Case(drifting(LINEAR, PRODUCT), errors.PlanMismatchError, "'einsum'", "make a new plan"),
     "a use that no kind sees": Case(drifting(LINEAR, SCALED), errors.PlanMismatchError, "'w' used by", "a new plan"),
     "outputs without examples": Case(
-        lambda: step(lambda p, x: F.linear(x, p["w"]).T, {"w": W}), errors.BatchError, "[3, 4]", "return [N,"
+        lambda: step(lambda p, x: F.linear(x, p["w"]).T, {"w": W}), errors.BatchError, "[4, 3]", "whole=True"
     ),
     "sharing": Case(lambda: kf.value_grad_and_stats(FN, MSE, sharing=wrong("sum")), HYPER, "'sum'", "'expand'"),
     "noise": Case(lambda: step(estimator=kf.estimators.monte_carlo(), noise=Y), HYPER, "[4, 2]", "wanted  [1, 4, 2]"),
@@ -249,15 +245,21 @@ def statements() -> dict[tuple[str, int], str]:
         if name.split("/")[0] in ELSEWHERE:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Raise) and node.exc is not None:
+            if isinstance(node, ast.Raise) and not passed(node):
                 label = f"{name}:{node.lineno}: {linecache.getline(str(file), node.lineno).strip()}"
                 found |= {(name, line): label for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
     return found
 
 
+def passed(node: ast.Raise) -> bool:
+    """What only hands on the error of another, and the assertions of `kf.testing`, which have tests of their own."""
+    return node.exc is None or (isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "AssertionError")
+
+
 def test_every_raise_is_reached():
     where = statements()
     assert len(set(where.values())) > 30
-    reached = {where.get(caught(case)[1]) for case in CASES.values()}
+    places = (caught(case)[1] for case in CASES.values())
+    reached = {where.get(place) for place in places if place[0].split("/")[0] not in ELSEWHERE}
     assert None not in reached, "a case ends outside a raise statement"
     assert sorted(set(where.values()) - reached) == []

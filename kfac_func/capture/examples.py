@@ -158,6 +158,8 @@ def where_examples(two: Found, three: Found) -> Where | str | None:
         return "on no rows at all of the examples that the plan was made with"
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if len(a) == len(b) and not grown:
+        if two.kind.name in ("group_norm", "batch_norm"):
+            return "whose input is the same for all examples: its channels and its examples cannot be told apart"
         return None
     if len(grown) == 1 and a[grown[0]] % 2 == 0 and 2 * b[grown[0]] == 3 * a[grown[0]]:
         return Where(grown[0], a[grown[0]] // 2)

@@ -115,7 +115,7 @@ def _mismatch(got: object, wanted: object, owner: str | None = None) -> PlanMism
             got=got,
             wanted=wanted,
             why="what it does, or which rows a layer sees, depends on values; or the plan was made for other inputs",
-            options=f"unclaimed={{{path}: 'diagonal'}} where values decide; else a new plan for these inputs, or a new "
-            "value_grad_and_stats when none was passed",
+            options="make a new plan for these inputs, or a new value_grad_and_stats when none was passed; or "
+            f"unclaimed={{{path}: 'diagonal'}} where values decide",
         )
     )

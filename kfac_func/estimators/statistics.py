@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import HyperparameterError, explain
-from kfac_func._tracing import settled
 from kfac_func._tree import Static
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, KroneckerState, Use, gradients, pays, thin
@@ -38,6 +37,7 @@ from kfac_func.capture import (
     tensor_of,
 )
 from kfac_func.estimators.counting import counted
+from kfac_func.estimators.history import settling
 from kfac_func.estimators.stats import Gradient, Sharing, Stats, StatsRules, layouts_of
 from kfac_func.estimators.vectors import Estimator, monte_carlo, noise_for, uniform
 from kfac_func.losses import Loss, checked_loss, example_weight
@@ -100,6 +100,7 @@ def value_grad_and_stats(
         raise HyperparameterError(explain("unknown sharing.", got=repr(sharing), wanted="'expand' or 'reduce'"))
     loss = checked_loss(loss)
     source = monte_carlo() if estimator is None else estimator
+    settle = settling()
     planned = planner(fn, strict=strict, unclaimed=unclaimed)
 
     def step(
@@ -112,7 +113,7 @@ def value_grad_and_stats(
         stats: bool = True,
     ) -> tuple[Tensor, PyTree, Stats | None]:
         inputs, targets = as_pair(batch)
-        params = _tree.tree_map(settled, params)
+        params = settle(params)
         if not stats and not rows:
             return *_value_and_grad(fn, loss, params, inputs, targets), None
         plan = planned(params, inputs) if plan is None else plan

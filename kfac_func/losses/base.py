@@ -182,13 +182,8 @@ def diagonal_family(
             )
         check_shape("targets", targets, tuple(z.shape), options="targets.reshape(outputs.shape), if in the same order")
 
-    def root(z: Tensor, e: Tensor) -> Tensor:
-        return deviation(z) * e
-
-    def curve(z: Tensor, v: Tensor) -> Tensor:
-        return deviation(z) ** 2 * v
-
-    return Family(check, value, weights, lambda z: tuple(z.shape), sample, residual, root, curve)
+    products = (lambda z, e: deviation(z) * e), (lambda z, v: deviation(z) ** 2 * v)
+    return Family(check, value, weights, lambda z: tuple(z.shape), sample, residual, *products)
 
 
 def example_weight(loss: Loss, examples: int) -> float:
