@@ -18,7 +18,7 @@ from kfac_func.diagnostics.states import share, traces
 from kfac_func.losses import Loss
 from kfac_func.operators import LinearOperator, linear_operator
 from kfac_func.products.per_example import fisher_diagonal
-from kfac_func.products.rows import Route
+from kfac_func.products.routes import Route
 from kfac_func.state import observed_one
 
 
@@ -119,7 +119,7 @@ def trace_ratio(
     params: PyTree,
     batch: tuple[Any, Tensor],
     *,
-    route: Route = "tape",
+    route: Route = "auto",
     chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> Parts:
