@@ -1,7 +1,7 @@
 """Finding the examples of the inputs: the model is asked, and the lengths of its inputs alone decide nothing.
 
 A leaf holds examples if the model runs on two and on three of its rows, its outputs then have two and three rows, and
-another third row leaves the outputs of the first two as they are. Among the ways to cut that pass, one of the last kind
+neither another third row nor none changes the outputs of the others. Among the ways to cut that pass, one of the last kind
 goes first: a table that happens to be as long as the batch would make examples see each other.
 """
 
@@ -19,14 +19,17 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, KFacError, explain
 from kfac_func._patterns import useful
 from kfac_func._tracing import plain
-from kfac_func.capture.batched import Batched, tensor_of
+from kfac_func._typing import Model, PyTree
+from kfac_func.capture.batched import Batched, rules_of, tensor_of
+from kfac_func.capture.discovery import spared
+from kfac_func.capture.draws import Again
 from kfac_func.capture.examples import Cut, Drawn, drawn, not_empty
 
 TRIES = 32  # ways to cut the inputs that are tried
 
 
 class Located(NamedTuple):
-    """Where the examples are, some of them, whether an example's output leaves out all other examples, and N."""
+    """Where the examples are, some of them, whether an example's output leaves out all others and their number, and N."""
 
     cut: Cut
     drawn: Drawn
@@ -34,17 +37,20 @@ class Located(NamedTuple):
     examples: int
 
 
-def located(rules: Batched, inputs: Any, run: Callable[[Any], Any]) -> Located:
-    """Where the examples of the inputs are. `run` is the model at its parameters, with the same random numbers in every
-    call.
+def located(fn: Model, params: PyTree, inputs: Any, again: Again) -> Located:
+    """Where the examples of the inputs are. `again` lets all runs of the model draw the same random numbers.
 
     Raises BatchError when there are none, or no way to cut the inputs fits what the model does; what the model raises,
     when it does not run on the batch itself either.
     """
-    leaves = _tree.leaves_with_paths(inputs)
+    rules, leaves = rules_of(fn), _tree.leaves_with_paths(inputs)
+
+    def run(x: Any, ahead: int = 0) -> Any:
+        return again(lambda: (_drawn_ahead(params, ahead), spared(fn, params, x))[1])
+
     if rules.whole:
-        cut = Cut((None,) * len(leaves))
         z = tensor_of(run(_tree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)))
+        cut = Cut((None,) * len(leaves))
         return Located(cut, drawn(cut, inputs), True, z.shape[0] if z.ndim else 0)
     not_empty(inputs)
     mixed, failure = None, None
@@ -58,8 +64,35 @@ def located(rules: Batched, inputs: Any, run: Callable[[Any], Any]) -> Located:
             failure = failure or found
     if mixed is not None:
         return mixed
-    run(inputs)
+    _runs(run, params, inputs)
     raise BatchError(_nowhere(leaves, failure)) from (failure if isinstance(failure, Exception) else None)
+
+
+def _drawn_ahead(params: PyTree, count: int) -> None:
+    for device in {leaf.device for leaf in _tree.leaves(params)} if count else ():
+        torch.rand(count, device=device)
+
+
+def _runs(run: Callable[[Any], Any], params: PyTree, inputs: Any) -> None:
+    """Raise what the model raises on the batch itself; BatchError where inputs and parameters differ in precision."""
+    try:
+        run(inputs)
+    except RuntimeError as error:
+        kinds = [
+            {x.dtype for x in _tree.leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()}
+            for tree in (inputs, params)
+        ]
+        if not kinds[0] - kinds[1]:
+            raise
+        names = [", ".join(sorted(map(str, kind))) for kind in kinds]
+        raise BatchError(
+            explain(
+                "the model does not run on inputs of this precision.",
+                got=f"inputs of {names[0]}, parameters of {names[1]}",
+                why=str(error).strip().splitlines()[0],
+                options=f"inputs.to({names[1].split(', ')[0]}), or parameters in the precision of the inputs",
+            )
+        ) from error
 
 
 def _ways(rules: Batched, inputs: Any, leaves: list[_tree.Leaf]) -> Iterator[Cut]:
@@ -95,14 +128,22 @@ def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Except
     for z, n in ((two, 2), (three, 3), (other, 3)):
         if z.ndim == 0 or z.shape[0] != n:
             return f"outputs {list(z.shape)} for {n} examples"
-    return Located(cut, some, _equal(three[:2], other[:2]), cut.count(inputs))
+    apart = _equal(three[:2], other[:2], 2**6) and (
+        _equal(three[1:2], two[:1], 2**12) or _random(some.three, three, run)
+    )
+    return Located(cut, some, apart, cut.count(inputs))
 
 
-def _equal(one: Tensor, two: Tensor) -> bool:
+def _random(inputs: Any, z: Tensor, run: Callable[..., Any]) -> bool:
+    """Whether the model draws random numbers, so that two examples of three are others than two of two."""
+    return not _equal(plain(tensor_of(run(inputs, 1))), z, 2**6)
+
+
+def _equal(one: Tensor, two: Tensor, roundings: int) -> bool:
     """Up to rounding, which may depend on what else is computed."""
     if not one.is_floating_point():
         return torch.equal(one, two)
-    rounding = 2**6 * torch.finfo(one.dtype).eps
+    rounding = min(roundings * torch.finfo(one.dtype).eps, 0.1)
     scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
     return torch.allclose(one, two, rtol=rounding, atol=rounding * scale, equal_nan=True)
 

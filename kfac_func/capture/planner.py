@@ -10,9 +10,7 @@ from torch import Tensor
 from kfac_func import _tree
 from kfac_func._tracing import autocasting
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture.batched import rules_of
 from kfac_func.capture.coverage import Unclaimed
-from kfac_func.capture.discovery import spared
 from kfac_func.capture.draws import same_draws
 from kfac_func.capture.examples import Cut
 from kfac_func.capture.locating import located
@@ -61,7 +59,7 @@ def finder(fn: Model) -> Callable[[PyTree, Any], Finding]:
 
     def find(params: PyTree, inputs: Any) -> Finding:
         with same_draws(_tree.leaves(params)) as again:
-            found = located(rules_of(fn), inputs, lambda x: again(lambda: spared(fn, params, x)))
+            found = located(fn, params, inputs, again)
         return Finding(found.cut, "" if found.apart else APART)
 
     return _once(find)

@@ -15,9 +15,8 @@ from kfac_func import _tree, layers
 from kfac_func._errors import CaptureError, explain
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Where
-from kfac_func.capture.batched import rules_of
 from kfac_func.capture.coverage import Policy, Unclaimed, check_policies, choose
-from kfac_func.capture.discovery import checked_leaves, discovered, spared
+from kfac_func.capture.discovery import checked_leaves, discovered
 from kfac_func.capture.draws import same_draws
 from kfac_func.capture.examples import where_examples
 from kfac_func.capture.grouping import group, owner, signature
@@ -27,7 +26,7 @@ from kfac_func.capture.proof import proven
 from kfac_func.capture.tape import Watch
 from kfac_func.layers import Found
 
-APART = "an example's output depends on the other examples of the batch"
+APART = "an example's output depends on the other examples of the batch, or on their number"
 
 
 def make_plan(
@@ -65,7 +64,7 @@ def make_plan(
     _tree.know(inputs)
     leaves = checked_leaves(params)
     with same_draws(leaves.values()) as again:
-        found = located(rules_of(fn), inputs, lambda x: again(lambda: spared(fn, params, x)))
+        found = located(fn, params, inputs, again)
         few = found.drawn[:1] if found.cut.whole else found.drawn[:2]
         runs = [again(lambda x=x: discovered(fn, params, leaves, x)) for x in few]
         _same_uses(runs[0], runs[-1])

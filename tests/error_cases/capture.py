@@ -100,6 +100,7 @@ CASES = {
     "complex parameter": Case(plan(params={"w": W + 0j}), CAPTURE, "'w'", "view_as_real"),
     "integer parameter": Case(plan(params={"w": W, "n": torch.ones(2).long()}), CAPTURE, "'n'", "constant"),
     "number among the parameters": Case(plan(params={"w": W, "eps": 1e-5}), CAPTURE, "'eps'", "constant"),
+    "inputs in another precision": Case(plan(x=X.double()), BATCH, "torch.float64", "inputs.to(torch.float32)"),
     "batch as a dict": Case(step(linear, {"x": X, "labels": Y}), BATCH, "'labels'", "batch['labels']"),
     "outputs as a dict": Case(plan(lambda p, x: {"z": linear(p, x)}), BATCH, "dict with 'z'", "output='z'"),
     "no such output": Case(

@@ -249,3 +249,16 @@ def test_a_model_for_which_one_example_is_another_thing():
         return F.linear(inner(p, x).squeeze(), p["0.bias"].new_ones(2, 4))
 
     right(fn, fn, params, randn(N, 1, 8, 8, seed=1))
+
+
+def test_the_number_of_examples_is_something_that_they_see_of_each_other():
+    params = {k: P[k] for k in ("w", "v")}
+
+    def fn(p: dict, x: Tensor) -> Tensor:
+        return torch.tanh(x @ p["w"]) @ p["v"] / len(x)
+
+    plan = right(fn, fn, params, X)
+    assert "number" in plan.mixing
+    assert not plan.crossed
+    dropout = kf.make_functional(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 2)).double())
+    assert not kf.make_plan(*dropout, X).mixing
