@@ -76,7 +76,14 @@ class KFacWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn whoever called the library."""
+    """Warn whoever called the library.
+
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     warn("three batches were rejected in a row.")
+    >>> told[0].category.__name__
+    'KFacWarning'
+    """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
         frame, level = frame.f_back, level + 1

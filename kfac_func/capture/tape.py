@@ -128,17 +128,18 @@ class Watch(TorchFunctionMode):
             moved = None if seen is None else views.followed(seen, func, args, kwargs, result)
             if moved is not None:
                 self.known[result] = moved
-            self._stray([tensor for tensor in tensors if moved is None or tensor is not args[0]], name_of(func, args))
+            self._stray([tensor for tensor in tensors if moved is None or tensor is not args[0]], func, args)
         return result
 
     def _inside(self, func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
         """A call inside a transform that the model makes: what is used there cannot be tapped."""
         self._touch(tensors, func)
-        self._stray(tensors, f"{name_of(func, args)} inside {transform()}")
+        self._stray(tensors, func, args, f" inside {transform()}")
         return func(*args, **kwargs)
 
-    def _stray(self, tensors: list[Tensor], op: str) -> None:
-        self.strays += [Stray(self.known[tensor].path, op) for tensor in tensors if tensor in self.known]
+    def _stray(self, tensors: list[Tensor], func: Any, args: tuple = (), where: str = "") -> None:
+        paths = [self.known[tensor].path for tensor in tensors if tensor in self.known]
+        self.strays += [Stray(path, name_of(func, args) + where) for path in paths]
 
     def _expand(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run a function that has several uses inside, and recognise each."""
@@ -150,7 +151,7 @@ class Watch(TorchFunctionMode):
 
     def _record(self, found: Found, tensors: list[Tensor], func: Any) -> Tensor:
         claimed = {ref.path for ref in (found.weight, found.bias) if ref is not None}
-        self._stray([x for x in tensors if x in self.known and self.known[x].path not in claimed], name_of(func))
+        self._stray([x for x in tensors if x in self.known and self.known[x].path not in claimed], func)
         out = self.tap(len(self.found), found)
         result = out if found.restore is None else found.restore(out)
         if found.bias_shape is not None and found.bias is None:

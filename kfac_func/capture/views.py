@@ -24,10 +24,10 @@ _SHAPED = (
     *(torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, torch.unflatten, Tensor.unflatten),
 )
 
-CUT = frozenset(
-    [torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__]
-    + [getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")]
-    + [getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")]
+CUT = (
+    *(torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__),
+    *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")),
 )
 """No gradient goes through these."""
 

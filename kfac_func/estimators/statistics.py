@@ -78,8 +78,8 @@ def value_grad_and_stats(
     generator  a torch.Generator for estimators that draw; the global generator is never touched. Same seed, same
                statistics
     noise      the uniform noise in [0, 1) itself, in place of a generator (under vmap and torch.compile)
-    plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by two runs
-               on one and two examples
+    plan       an explicit `kf.make_plan(...)`; otherwise one is made per signature of params and inputs, by some runs
+               on two and three examples
     stats      False: value and gradient alone, and None (with `rows`, statistics that only carry the gradient)
 
     Weight gradients of captured layers are computed from (a, g), not by autograd; they are the same numbers. Nothing
