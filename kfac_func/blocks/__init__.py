@@ -7,6 +7,7 @@ from kfac_func.blocks.base import Factor as Factor
 from kfac_func.blocks.base import Kind as Kind
 from kfac_func.blocks.base import Layout as Layout
 from kfac_func.blocks.base import Offsets as Offsets
+from kfac_func.blocks.base import Part as Part
 from kfac_func.blocks.base import Use as Use
 from kfac_func.blocks.base import UseRule as UseRule
 from kfac_func.blocks.base import Where as Where

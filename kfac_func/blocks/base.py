@@ -129,6 +129,15 @@ class Kind(NamedTuple):
     diagonal: bool = False
 
 
+class Part(NamedTuple):
+    """The rows and the columns of the block's matrix that a use sees, as (start, how many there are in all); None: all
+    of them.
+    """
+
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+
 class UseRule(NamedTuple):
     """What is static about one use. `transposed`: the use sees the transpose of the block's matrix (tied embedding
     and head).
@@ -138,8 +147,9 @@ class UseRule(NamedTuple):
     options: tuple
     where: Where | None
     positions: int  # S, shared positions of one example (padding included)
-    width: int = 0  # o, outputs per group of this use
+    width: int = 0  # o, outputs per group of this use, those of rows that it does not see included
     transposed: bool = False
+    part: Part = Part()
 
 
 class Use(NamedTuple):

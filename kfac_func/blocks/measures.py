@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Use
+from kfac_func.blocks.base import Block, Diagonal, Factor, Layout, Part, Use
 from kfac_func.blocks.factors import add, densify, diagonal_of, multiplied, rotated
 from kfac_func.blocks.leaves import unpack, weight_leaf
 from kfac_func.blocks.pairs import Pairs, chunks, matrices, pairs
 from kfac_func.blocks.products import kronecker_state, merged
-from kfac_func.blocks.rows import alike, examples_first
+from kfac_func.blocks.rows import alike, examples_first, placed
 
 
 def per_example(block: Block) -> Tensor:
@@ -105,6 +105,8 @@ def _weight_gradient(use: Use) -> Tensor:
     assert use.grads is not None
     x, g = alike(examples_first(use.inputs, rule.where), examples_first(use.grads[0], rule.where))
     v = rule.kind.gradient(x, g, rule.options)
+    if rule.part != Part():
+        v = placed(placed(v, rule.part.columns).mT, rule.part.rows).mT
     return v.mT if rule.transposed else v
 
 
@@ -112,4 +114,5 @@ def _bias_gradient(use: Use) -> Tensor:
     rule = use.rule
     assert use.grads is not None
     assert rule.kind.output_rows is not None
-    return rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options).sum(dim=(0, 1, 2))
+    rows = rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options)
+    return placed(rows.sum(dim=(0, 1, 2)), rule.part.rows)

@@ -103,7 +103,8 @@ def _input_sums(block: Block, use: Use, pattern: Pattern) -> tuple[Factor, Any]:
     """Σ ā āᵀ and, when centred, Σ a over all rows of a use."""
     kind, options, bias = use.rule.kind, use.rule.options, block.layout.bias is not None
     form = _input_form(block, use, pattern)
-    direct = kind.moment if block.sharing == "expand" and (kind.diagonal or form == Form()) else None
+    simple = block.sharing == "expand" and use.rule.part.columns is None
+    direct = kind.moment if simple and (kind.diagonal or form == Form()) else None
     centred = _centred(pattern, "input")
     whole = [] if use.kept is None or block.sharing == "reduce" else [use.kept.flatten()]
     second = None if direct is None else direct(examples_first(use.inputs, use.rule.where), options, bias, *whole)

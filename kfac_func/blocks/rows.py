@@ -5,6 +5,7 @@ position.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func.blocks.base import Use, Where
@@ -33,6 +34,11 @@ def alike(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(wide), g.to(wide)
 
 
+def placed(x: Tensor, at: tuple[int, int] | None) -> Tensor:
+    """The last dimension in its place among all; zeros elsewhere."""
+    return x if at is None else F.pad(x, (at[0], at[1] - at[0] - x.shape[-1]))
+
+
 def input_rows(use: Use, sharing: str) -> Tensor:
     """The inputs of a use as rows [B, S, (q), i], without the homogeneous 1; S = 1 (their mean) for sharing
     "reduce".
@@ -40,7 +46,7 @@ def input_rows(use: Use, sharing: str) -> Tensor:
     rule = use.rule
     assert rule.kind.rows is not None
     rows = rule.kind.rows(examples_first(use.inputs, rule.where), rule.options)
-    rows = precise(_unfold_examples(rows, rule.where))
+    rows = placed(precise(_unfold_examples(rows, rule.where)), rule.part.columns)
     if sharing == "expand":
         return rows
     kept = kept_rows(use)
@@ -65,7 +71,7 @@ def output_rows(use: Use, sharing: str) -> Tensor:
     assert rule.kind.output_rows is not None
     assert use.grads is not None
     rows = rule.kind.output_rows(examples_first(use.grads, rule.where, lead=1), rule.options)
-    rows = precise(_unfold_examples(rows, rule.where, lead=1))
+    rows = placed(precise(_unfold_examples(rows, rule.where, lead=1)), rule.part.rows)
     return rows.sum(dim=2, keepdim=True) if sharing == "reduce" else rows
 
 

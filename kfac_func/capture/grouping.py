@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from kfac_func import layers
 from kfac_func._errors import CaptureError, explain
-from kfac_func.blocks import Layout, UseRule, Where
-from kfac_func.layers import Found
+from kfac_func.blocks import Layout, Part, UseRule, Where
+from kfac_func.layers import Found, Ref
 
 
 class PlannedBlock(NamedTuple):
@@ -27,6 +27,18 @@ def owner(found: Found) -> str:
 def _alone(found: Found) -> bool:
     """Whether this is the use of a bias whose weight is no parameter."""
     return found.weight is None and found.kind.rows is not None
+
+
+def _own(bias: Ref) -> Part:
+    """The rows of a lone bias that a use sees."""
+    return Part(bias.place(0)) if len(bias.shape) == 1 else Part()
+
+
+def _beside(found: Found) -> bool:
+    """Whether the bias of a use stands beside the very rows of the weight that it sees."""
+    if found.bias is None or found.kind.rows is None:
+        return True
+    return found.part.rows == found.bias.place(0) and (found.part.rows is None or len(found.bias.shape) == 1)
 
 
 def signature(found: Found) -> tuple:
@@ -49,7 +61,9 @@ def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
     blocks, lone = [], {}
     for index, (found, where) in enumerate(uses):
         if _alone(found) and found.bias is not None:
-            rule = UseRule(found.kind, found.options, where, found.positions, found.outputs)
+            rule = UseRule(
+                found.kind, found.options, where, found.positions, found.bias.shape[0], part=_own(found.bias)
+            )
             lone.setdefault(found.bias.path, (found, []))[1].append((index, rule))
     for name, indices in owners.items():
         mine = [uses[index] for index in indices]
@@ -57,16 +71,18 @@ def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
         joint = len(biases) == 1 and all(len(partners[b]) == 1 for b in biases if b is not None)
         base = next((f for f, _ in mine if f.kind.name != "embedding"), mine[0][0])
         turned = [_transposed(base, found, name) for found, _ in mine]
-        joint = joint and not any(turned)
+        joint = joint and not any(turned) and all(_beside(f) for f, _ in mine)
         layout = _layout(name, base, biases.pop() if joint else None)
         rules = [
-            UseRule(f.kind, f.options, w, f.positions, f.outputs, t) for (f, w), t in zip(mine, turned, strict=True)
+            UseRule(f.kind, f.options, w, f.positions, f.outputs, t, f.part)
+            for (f, w), t in zip(mine, turned, strict=True)
         ]
         blocks.append(PlannedBlock(layout, tuple(zip(indices, rules, strict=True))))
         for index in [] if joint else indices:
             found, where = uses[index]
             if found.bias is not None:
-                rule = UseRule(layers.bias, (False,), where, found.positions, found.outputs)
+                width, part = found.bias.shape[0], _own(found.bias)
+                rule = UseRule(layers.bias, (False,), where, found.positions, width, part=part)
                 lone.setdefault(found.bias.path, (found, []))[1].append((index, rule))
     return blocks + [PlannedBlock(_lone_layout(found, name), tuple(rules)) for name, (found, rules) in lone.items()]
 
@@ -88,7 +104,7 @@ def _lone_layout(found: Found, name: str) -> Layout:
                 options=f"give every weight a bias of its own; or unclaimed={{{name!r}: 'diagonal'}}",
             )
         )
-    return Layout(name, "bias", None, name, found.bias.shape, (), 1, found.outputs)
+    return Layout(name, "bias", None, name, found.bias.shape, (), 1, found.bias.shape[0])
 
 
 def _transposed(base: Found, found: Found, name: str) -> bool:

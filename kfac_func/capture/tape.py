@@ -125,10 +125,9 @@ class Watch(TorchFunctionMode):
         if any(x.is_floating_point() or x.is_complex() for x in _tensors(result)):  # else it has no gradient
             self._touch(tensors, func)
             seen = self.ref(args[0]) if args else None
-            moved = None if seen is None else views.followed(seen, func, args, kwargs, result)
-            if moved is not None:
-                self.known[result] = moved
-            self._stray([tensor for tensor in tensors if moved is None or tensor is not args[0]], func, args)
+            moved = {} if seen is None else views.followed(seen, func, args, kwargs, result)
+            self.known |= moved
+            self._stray([tensor for tensor in tensors if not moved or tensor is not args[0]], func, args)
         return result
 
     def _inside(self, func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
@@ -183,7 +182,7 @@ class Watch(TorchFunctionMode):
             if ref is None or not isinstance(result, Tensor) or result not in self.awaiting:
                 continue
             index = self.awaiting[result]
-            if ref.shape == self.found[index].bias_shape and ref.order == tuple(range(len(ref.shape))):
+            if ref.size == self.found[index].bias_shape and ref.order == tuple(range(len(ref.shape))):
                 del self.awaiting[result]
                 self.biased[result] = ref.path
                 self.found[index] = self.found[index]._replace(bias=ref)

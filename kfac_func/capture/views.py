@@ -39,17 +39,68 @@ def only_measured(func: Any, args: tuple, x: Tensor) -> bool:
     return func in _LIKE and len(args) > 1 and x is args[1] and x is not args[0]
 
 
-def followed(ref: Ref, func: Any, args: tuple, kwargs: dict, result: Any) -> Ref | None:
-    """The parameter that the result of a call is, whose first argument is one; None when it is another thing."""
+_CUT_UP = (
+    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.tensor_split, Tensor.tensor_split),
+    *(torch.narrow, Tensor.narrow, torch.unbind, Tensor.unbind, torch.select, Tensor.select, Tensor.__getitem__),
+)
+
+
+def followed(ref: Ref, func: Any, args: tuple, kwargs: dict, result: Any) -> dict[Tensor, Ref]:
+    """The parameter, or the part of it, that each result of a call is, whose first argument is one; none when it is
+    another thing.
+    """
+    if func in _CUT_UP:
+        return _parts(ref, func, args, kwargs, list(result) if isinstance(result, (tuple, list)) else [result])
     if not isinstance(result, Tensor) or not result.is_floating_point():
-        return None
+        return {}
     if func in _COPIED or func in _CAST:
-        return ref if result.numel() == torch.Size(ref.shape).numel() else None
+        return {result: ref}
     if func in _TURNED and not kwargs:
-        return ref._replace(order=_turned(func, ref.order, args[1:]))
-    if func in _SHAPED and ref.order == tuple(range(len(ref.shape))):
-        return Ref(ref.path, tuple(result.shape), tuple(range(result.ndim)))
-    return None
+        return {result: ref._replace(order=_turned(func, ref.order, args[1:]))}
+    if func in _SHAPED and not ref.part and ref.order == tuple(range(len(ref.shape))):
+        return {result: Ref(ref.path, tuple(result.shape), tuple(range(result.ndim)))}
+    return {}
+
+
+def _parts(ref: Ref, func: Any, args: tuple, kwargs: dict, results: list[Tensor]) -> dict[Tensor, Ref]:
+    """Parts along the dimensions of a vector or a matrix, or one of the vectors or matrices that it is put together of.
+    The same call on a tensor without numbers says where they are.
+    """
+    given = _flat((args[1:], tuple(kwargs.values())))
+    if any(isinstance(x, Tensor) or (isinstance(x, list) and func is Tensor.__getitem__) for x in given):
+        return {}
+    whole = torch.empty(args[0].shape, device="meta")
+    cut = func(whole, *args[1:], **kwargs)
+    if any(x.ndim < whole.ndim for x in results):
+        if ref.part or whole.ndim not in (2, 3) or ref.order != tuple(range(whole.ndim)):
+            return {}
+        ref = Ref(ref.path, (ref.shape[0] * ref.shape[1], *ref.shape[2:]), ref.order[:-1])
+        whole = whole.flatten(0, 1)
+    found, before = {}, ref.part or tuple((0, size) for size in ref.shape)
+    for x, seen in zip(results, cut if isinstance(cut, (tuple, list)) else [cut], strict=True):
+        at = _place(whole, seen)
+        if at is None or len(ref.shape) > 2:
+            return {}
+        part = list(before)
+        for d, (start, length) in zip(ref.order, at, strict=True):
+            part[d] = (before[d][0] + start, length)
+        found[x] = ref._replace(part=() if tuple(n for _, n in part) == ref.shape else tuple(part))
+    return found
+
+
+def _place(whole: Tensor, x: Tensor) -> list[tuple[int, int]] | None:
+    """Start and length in every dimension, of a view of a contiguous tensor; None for others, and for an empty one."""
+    if x.stride() != whole.stride() or x.numel() == 0:
+        return None
+    starts, offset = [], x.storage_offset()
+    for step in whole.stride():
+        start, offset = divmod(offset, step)
+        starts.append(start)
+    return list(zip(starts, x.shape, strict=True))
+
+
+def _flat(value: Any) -> list[Any]:
+    return [x for item in value for x in _flat(item)] if isinstance(value, tuple) else [value]
 
 
 def _turned(func: Any, order: tuple[int, ...], args: tuple) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from kfac_func import layers
 from kfac_func._errors import StateError, explain
 from kfac_func._tree import storable
-from kfac_func.blocks import Kind, Layout, Thin, UseRule, Where
+from kfac_func.blocks import Kind, Layout, Part, Thin, UseRule, Where
 from kfac_func.capture.examples import Cut
 from kfac_func.capture.grouping import PlannedBlock
 from kfac_func.capture.plan import Plan, TapRule
@@ -61,5 +61,5 @@ def _by_name(kind: Kind) -> tuple:
 
 
 copyreg.pickle(Kind, _by_name)  # pyright: ignore[reportArgumentType]
-storable(Stats, Gradient, StatsRules, Plan, Cut, PlannedBlock, TapRule, UseRule, Where, Ref, Layout, Thin)
+storable(Stats, Gradient, StatsRules, Plan, Cut, PlannedBlock, TapRule, UseRule, Part, Where, Ref, Layout, Thin)
 torch.serialization.add_safe_globals([kind_named])

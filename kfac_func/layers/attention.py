@@ -3,9 +3,9 @@
     [q | k | v] = [x_q | x_k | x_v] W_inᵀ + b_in     y = concat_h(softmax(q_h k_hᵀ / √d + mask) v_h) W_outᵀ + b_out
 
 The packed weight W_in stays one block. In self-attention it is one linear layer; else every distinct input goes
-through the whole of it and gives its part, so that the gradients of the other parts are zero. With separate weights the
-three parts of b_in are views of one leaf, which no kind can see: it is an unclaimed parameter, and so are bias_k and
-bias_v.
+through the whole of it and gives its part, so that the gradients of the other parts are zero. With separate weights
+b_in is a block of its own, of which every projection sees its part. bias_k and bias_v no kind can see: they are
+unclaimed parameters.
 """
 
 from __future__ import annotations

@@ -11,15 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_func._errors import CaptureError, explain
-from kfac_func.blocks import Factor, Kind, second_moment
+from kfac_func.blocks import Factor, Kind, Part, second_moment
 
 
 class Ref(NamedTuple):
-    """A parameter leaf seen through a view: the tensor at hand is `leaf.permute(order)`."""
+    """A parameter leaf seen through a view: the tensor at hand is `leaf.permute(order)`, or a part of it."""
 
     path: str
     shape: tuple[int, ...]  # of the leaf, or one that it is reshaped to
     order: tuple[int, ...]
+    part: tuple[tuple[int, int], ...] = ()  # start and length in every dimension of the shape; () for all of it
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """What the tensor at hand has of every dimension of the shape."""
+        return tuple(length for _, length in self.part) if self.part else self.shape
+
+    def place(self, dim: int) -> tuple[int, int] | None:
+        """Where the tensor at hand is in a dimension of the shape; None when it has all of it."""
+        return (self.part[dim][0], self.shape[dim]) if self.part and self.size[dim] != self.shape[dim] else None
 
 
 class Call(NamedTuple):
@@ -57,6 +67,7 @@ class Found(NamedTuple):
     outputs: int = 0
     restore: Callable[[Tensor], Tensor] | None = None
     bias_shape: tuple[int, ...] | None = None  # the shape of a bias that may be added to the result right after
+    part: Part = Part()  # of the weight that this use sees
 
 
 Handler = Callable[[Call], Found | None]
@@ -77,7 +88,13 @@ def refuse(path: str, op: str, got: str, why: str, options: str) -> CaptureError
 def ref_of(call: Call, value: Any) -> Ref | None:
     """The parameter that `value` is, if it is a whole, unpermuted leaf."""
     ref = call.ref(value)
-    return ref if ref is not None and ref.order == tuple(range(len(ref.shape))) else None
+    return ref if ref is not None and not ref.part and ref.order == tuple(range(len(ref.shape))) else None
+
+
+def vector_of(call: Call, value: Any) -> Ref | None:
+    """The parameter that `value` is, if it is a vector or a part of one."""
+    ref = call.ref(value)
+    return ref if ref is not None and len(ref.shape) == 1 else None
 
 
 def border(moment: Tensor, first: Tensor, count: int | Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
-from kfac_func.layers.base import Call, Found, Handler, Ref, dense, dense_bias, found_bias, ref_of
+from kfac_func.blocks import Part
+from kfac_func.layers.base import Call, Found, Handler, Ref, dense, dense_bias, found_bias, vector_of
 
 
 def _parse(equation: str, dims: tuple[int, int]) -> tuple[str, str, str] | None:
@@ -41,7 +42,9 @@ def _contract(call: Call, x: Tensor, ref: Ref, xs: str, ws: str, out: str) -> Fo
         return None
     q, i = [c for c in ws if c in shared - summed], [c for c in ws if c in summed]
     o, s = [c for c in ws if c not in xs], [c for c in xs if c not in ws]
-    size = dict(zip(xs, x.shape, strict=True)) | dict(zip(ws, (ref.shape[d] for d in ref.order), strict=True))
+    if ref.part and (q or len(i) != 1 or len(o) != 1):
+        return None
+    size = dict(zip(xs, x.shape, strict=True)) | dict(zip(ws, (ref.size[d] for d in ref.order), strict=True))
     if any(size[c] != n for c, n in zip(xs, x.shape, strict=True)):
         return None  # broadcast against a dimension of size 1
     groups = prod(size[c] for c in q)
@@ -61,7 +64,8 @@ def _contract(call: Call, x: Tensor, ref: Ref, xs: str, ws: str, out: str) -> Fo
         positions=prod(size[c] for c in s),
         order=tuple(ref.order[ws.index(c)] for c in (*q, *o, *i)),
         groups=groups,
-        outputs=prod(size[c] for c in o),
+        outputs=ref.shape[ref.order[ws.index(o[0])]] if ref.part else prod(size[c] for c in o),
+        part=Part(*(ref.place(ref.order[ws.index(c)]) for c in (*o, *i))) if ref.part else Part(),
         restore=lambda y: y.reshape(form).permute(back),
         bias_shape=tuple(size[c] for c in o) if trailing and o else None,
     )
@@ -112,10 +116,10 @@ def _addmm(call: Call) -> Found | None:
     if beta != 1 or alpha != 1:
         return None
     found = _product(call, left, right)
-    own = ref_of(call, bias)
+    own = vector_of(call, bias)
     if found is None and own is not None and call.ref(left) is None and call.ref(right) is None and len(own.shape) == 1:
         return found_bias(dense_bias, (False,), own, call.run(), -1)
-    if found is None or (own is not None and own.shape != found.bias_shape):
+    if found is None or (own is not None and own.size != found.bias_shape):
         return None
     return found._replace(bias=own, bias_shape=None)
 

@@ -59,7 +59,7 @@ def _embedding(call: Call) -> Found | None:
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     tokens, weight, padding, max_norm, _, by_frequency, sparse = call.bind(*names)
     ref = call.ref(weight)
-    if ref is None or len(ref.shape) != 2:
+    if ref is None or ref.part or len(ref.shape) != 2:
         return None
     for name, value in (("max_norm", max_norm), ("scale_grad_by_freq", by_frequency), ("sparse", sparse)):
         if value:

@@ -114,15 +114,6 @@ class Masked(nn.Linear):
         return F.linear(input, self.weight * (self.weight > 0), self.bias)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(4, 2, kdim=3, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x, x[..., :3], x, need_weights=False)[0]
-
-
 class Penalised(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) + self.weight.square().sum()
@@ -140,18 +131,16 @@ def before(p: dict, x: torch.Tensor) -> torch.Tensor:
 
 RAW = {"w": W, "b": B}
 NORMED = kf.make_functional(weight_norm(nn.Linear(3, 2)))
-ATTENTION = kf.make_functional(Attention())
 UNSEEN = {
     "mask": (*kf.make_functional(Masked(3, 2)), X, "weight", "mul"),
     "weight norm": (*NORMED, X, "parametrizations.weight.original1", "weight_norm"),
-    "attention": (*ATTENTION, torch.ones(2, 3, 4), "inner.in_proj_bias", "multi_head_attention_forward"),
     "regulariser": (*kf.make_functional(Penalised(3, 2)), X, "weight", "square"),
     "result used beside the bias": (twice, RAW, X, "b", "add, beside mul"),
     "result used before the bias": (before, RAW, X, "b", "add"),
     "bias subtracted": (lambda p, x: x @ p["w"] - p["b"], RAW, X, "b", "sub"),
     "scaled bias": (lambda p, x: torch.add(x @ p["w"], p["b"], alpha=2), RAW, X, "b", "add"),
     "bias in place": (lambda p, x: (x @ p["w"]).add_(p["b"]), RAW, X, "b", "add"),
-    "part of it": (lambda p, x: F.linear(x, p["w"][:2]), {"w": W}, X, "w", "getitem"),
+    "rows of it": (lambda p, x: F.linear(x, p["w"][::2]), {"w": W}, X, "w", "getitem"),
     "input of a layer": (lambda p, x: x * F.linear(p["v"], p["w"]).sum(), {"w": W, "v": W + 0}, X, "v", "linear"),
     "product of parameters": (lambda p, x: x @ (p["w"] @ p["v"]), {"w": W, "v": W + 0}, X, "v", "matmul"),
 }

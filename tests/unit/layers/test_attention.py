@@ -239,7 +239,6 @@ def test_the_gradients_of_every_example(name):
 
 
 UNSEEN = {
-    "separate weights": (mha(kdim=2), lambda m, x: m(x, x[..., :2], x)[0], {"inner.in_proj_bias"}),
     "bias_k and bias_v": (mha(add_bias_kv=True), lambda m, x: m(x, x, x)[0], {"inner.bias_k", "inner.bias_v"}),
 }
 
@@ -259,6 +258,19 @@ def test_what_no_kind_sees_is_named_and_may_have_a_policy(module, call, paths):
     check((value, grads), step(params, (x, y), stats=False)[:2])
     plan = stats.rules.value.plan
     assert (plan.claimed, {path for path, _ in plan.unclaimed}) == (set(params) - paths, paths)
+
+
+def test_separate_weights_share_one_bias():
+    """The packed bias is a block of its own, of which every projection sees its part."""
+    fn, params, x, y = case(lambda: Wrapped(mha(kdim=2), lambda m, x: m(x, x[..., :2], x)[0]), True)
+    step: Any = kf.value_grad_and_stats(fn, LOSS, estimator=kf.estimators.empirical())
+    value, grads, stats = step(params, (x, y))
+    check((value, grads), step(params, (x, y), stats=False)[:2])
+    wanted = torch.func.jacrev(
+        lambda p: torch.stack([F.mse_loss(fn(p, x[n : n + 1]), y[n : n + 1]) for n in range(N)])
+    )(params)
+    check(per_example(stats.blocks()["inner.in_proj_bias"])[0].squeeze(-1), wanted["inner.in_proj_bias"])
+    assert set(stats.rules.value.plan.claimed) == set(params)
 
 
 def test_attention_without_parameters_is_left_alone():
