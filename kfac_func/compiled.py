@@ -54,10 +54,10 @@ def compile_step(
 
     A step without a refresh is one graph, in which gradients that only K-FAC reads are never summed up (`rows`). A
     step with one runs in two parts: a compiled pass, and the update as it is, whose factorisations are done side by
-    side, one core each. The first step, and that after loading a state from a file, is not compiled at all: it gives
-    the state its shape. So there are up to three graphs, made when first needed (with statistics, without, and the
-    pass), and no others as long as the shapes of a batch stay: leave out a smaller last batch. Raises what its parts
-    raise.
+    side, one core each. The first step with batches of a shape, and that after loading a state from a file, is not
+    compiled at all: it makes the plan, and gives the state its shape. So there are up to three graphs, made when first
+    needed (with statistics, without, and the pass), and no others as long as the shapes of a batch stay: leave out a
+    smaller last batch. Raises what its parts raise.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
         >>> tx = kf.chain(kf.kfac(), kf.sgd(0.1))
@@ -71,11 +71,14 @@ def compile_step(
     shape_of = _noise_shapes(fn, loss, source)
     settings = {"backend": backend, "mode": mode, "fullgraph": True, "dynamic": False}
     move, look = (torch.compile(_own(part), **settings) for part in (_moved(step, tx), _looked(step)))
+    met: set[Any] = set()
 
     def train(params, state, batch, *, generator=None, stats=True, refresh=None, **extra):
+        kind = _kind(batch[0])
         noise = _drawn(source, shape_of, params, batch[0], generator) if stats else None
         inner = _tree.nodes(state, KFacState)
-        new = any(one.curvature == () or one.rules.value.curvature is None for one in inner)
+        new = kind not in met or any(one.curvature == () or one.rules.value.curvature is None for one in inner)
+        met.add(kind)  # its plan is made outside of any graph
         eager = new or (stats and not statistics)
         if not eager and not _due(inner, refresh):
             return move(params, state, batch, noise, stats, stats and _scales(inner), extra)
@@ -128,12 +131,17 @@ def _drawn(
     return None if shape is None else uniform(shape, _tree.leaves(params)[0].device, generator, source.name)
 
 
+def _kind(inputs: Any) -> tuple[Any, ...]:
+    """The shapes of a batch."""
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in _tree.leaves(inputs))
+
+
 def _noise_shapes(fn: Model, loss: Loss, source: Estimator) -> Callable[[PyTree, Any], tuple[int, ...] | None]:
     """What `source.noise` says of the outputs; the model runs once per shape of a batch to see them."""
     known: dict[Any, tuple[int, ...] | None] = {}
 
     def shape_of(params: PyTree, inputs: Any) -> tuple[int, ...] | None:
-        key = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in _tree.leaves(inputs))
+        key = _kind(inputs)
         if key not in known:
             with torch.no_grad():
                 known[key] = source.noise(loss, fn(params, inputs))
