@@ -9,13 +9,16 @@ v ↦ J v: neither product runs the model again. Both compose with grad and vmap
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from kfac_func import _tree
 from kfac_func._errors import BatchError, HyperparameterError, TreeMismatchError, explain
@@ -169,6 +172,33 @@ def like(params: PyTree, vector: PyTree) -> list[Tensor]:
     return found
 
 
-def mathematical() -> contextlib.AbstractContextManager[Any]:
-    """Attention in its mathematical form: the fused kernels have no second derivative and no batching rule."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else sdpa_kernel(SDPBackend.MATH)
+@contextlib.contextmanager
+def mathematical() -> Iterator[None]:
+    """Attention in its mathematical form, as the fused kernels have no second derivative and no batching rule; and
+    norms with a shift alone as a sum, as those of torch leave the shift out of it.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), _Shifted():
+        yield
+
+
+class _Shifted(TorchFunctionMode):
+    """norm(x, weight=None, bias=b) as norm(x) + b."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func not in _NORMS:
+            return func(*args, **kwargs)
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        x, bias = bound.arguments["input"], bound.arguments.get("bias")
+        if bias is None or bound.arguments.get("weight") is not None:
+            return func(*args, **kwargs)
+        bound.arguments["bias"] = None
+        shift = bias if func is F.layer_norm else bias.reshape(-1, *[1] * (x.ndim - 2))
+        return func(*bound.args, **bound.kwargs) + shift
+
+
+_NORMS = (F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm)

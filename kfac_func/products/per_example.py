@@ -115,16 +115,18 @@ def per_example_norms(
     def norms(params: PyTree, batch: Batch) -> Any:
         inputs, targets = as_pair(batch)
         parts = read(params, inputs, once(own_scores(loss, targets)))
-        found = [
-            {name: squared_norms(rows)[0] for name, rows in whole(part).pairs.items()}
-            for part in shown(parts, progress)
-        ]
-        squares = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        found = [_squared(whole(part)) for part in shown(parts, progress)]
         if by_block:
-            return {name: safe_sqrt(square) for name, square in squares.items()}
-        return safe_sqrt(torch.stack(list(squares.values())).sum(0))
+            return {name: safe_sqrt(torch.cat([one[name] for _, one in found])) for name in found[0][1]}
+        return safe_sqrt(torch.cat([total for total, _ in found]))
 
     return norms
+
+
+def _squared(rows: ExampleRows) -> tuple[Tensor, dict[str, Tensor]]:
+    """‖V_n‖² over all blocks [n], and by block."""
+    found = {name: squared_norms(pair).sum(0) for name, pair in rows.pairs.items()}
+    return torch.stack(list(found.values())).sum(0), found
 
 
 def jacobian(
@@ -279,12 +281,9 @@ def per_example_traces(
     ) -> Tensor:
         inputs, targets = as_pair(batch)
         parts = read(params, inputs, estimated(loss, source, targets, generator, noise))
-        found = torch.cat([reduce(torch.add, map(_norms, part())) for part in shown(parts, progress)])
+        found = torch.cat(
+            [reduce(torch.add, (_squared(rows)[0] for rows in part())) for part in shown(parts, progress)]
+        )
         return len(found) * example_weight(loss, len(found)) * found
 
     return traces
-
-
-def _norms(rows: ExampleRows) -> Tensor:
-    """Σ_v ‖V_{v,n}‖² over all blocks, [n]."""
-    return reduce(torch.add, (squared_norms(pair).sum(0) for pair in rows.pairs.values()))

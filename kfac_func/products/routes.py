@@ -25,7 +25,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, CaptureError, HyperparameterError, KFacError, explain, warn
 from kfac_func._tracing import plain
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import Plan, finder, planner, same_draws
+from kfac_func.capture import Plan, checked_leaves, chosen_leaves, finder, planner, restricted, same_draws
 from kfac_func.capture.planner import Finding
 from kfac_func.products.runs import Way, apart, looped, mapped, taped
 
@@ -124,6 +124,7 @@ def _others(fn: Model, only: Sequence[str] | None) -> Callable[..., Others]:
     proofs: dict[Finding, str] = {}
 
     def others(params: PyTree, inputs: Any, *, proof: bool) -> Others:
+        checked_leaves(params if only is None else restricted(fn, params, chosen_leaves(params, only))[1])
         finding = found(params, inputs)
         apart(finding.mixing)
         ways = mapped(fn, only, finding.cut), looped(fn, only, finding.cut)
@@ -142,7 +143,8 @@ def _unmapped(by_vmap: Way, by_loop: Way, params: PyTree, inputs: Any) -> str:
     few = by_vmap.cut.part(inputs, 0, 2)
     with same_draws(_tree.leaves(params)) as again:
         run = again(lambda: by_loop.run(params, few))
-        c = torch.ones_like(run.outputs).unsqueeze(0)
+        ramp = torch.ones_like(run.outputs).flatten().cumsum(0).reshape(run.outputs.shape)
+        c = torch.stack([(k * ramp).sin() for k in range(1, 4)])  # three of two, so that sizes mean something
         wanted = run.rows(c)[0]
         try:
             got = again(lambda: by_vmap.run(params, few)).rows(c)[0]

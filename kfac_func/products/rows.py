@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._errors import HyperparameterError, at_least, explain
+from kfac_func._errors import CaptureError, HyperparameterError, KFacError, at_least, explain
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Layout, Pairs
 from kfac_func.capture import Cut, Plan, check_examples, not_empty, repeatable, rules_of, tensor_of
@@ -147,7 +147,7 @@ def _pass(way: Way, params: PyTree, inputs: Any, sources: Sources) -> Pass:
 def _passes(fn: Model, way: Way, params: PyTree, parts: list[tuple[int, Any]], sources: Sources) -> list[Pass]:
     """The vectors are those of all outputs, and a part draws again what it drew for them (dropout)."""
     draws = [repeatable(_tree.leaves(params)) for _ in parts]
-    z = [again(lambda part=part: tensor_of(fn(params, part))) for again, (_, part) in zip(draws, parts, strict=True)]
+    z = [again(lambda part=part: _outputs(fn, params, part)) for again, (_, part) in zip(draws, parts, strict=True)]
     for outputs, (_, part) in zip(z, parts, strict=True):
         check_examples(outputs, way.cut.count(part))
     remade = sources(torch.cat(z))
@@ -164,6 +164,21 @@ def _passes(fn: Model, way: Way, params: PyTree, parts: list[tuple[int, Any]], s
         return rows
 
     return [one(k) for k in range(len(parts))]
+
+
+def _outputs(fn: Model, params: PyTree, part: Any) -> Tensor:
+    try:
+        return tensor_of(fn(params, part))
+    except KFacError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            explain(
+                "the model does not run on a chunk of the batch.",
+                got=f"{type(error).__name__}: {str(error).strip()}".splitlines()[0],
+                options="another chunk_size, or none; a last chunk may be as short as one example",
+            )
+        ) from error
 
 
 def _cuttable(cut: Cut) -> Cut:

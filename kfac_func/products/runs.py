@@ -71,7 +71,10 @@ def taped(fn: Model, only: Sequence[str] | None, plan: Plan) -> Way:
             raise PlanMismatchError(f"{error}\n  or       route='loop'") from error
 
         def rows(c: Tensor) -> Rows:
-            taps, _ = done.pulled(_known(c, done.outputs))
+            c = _known(c, done.outputs)
+            if not plan.blocks:  # no output depends on a parameter
+                return _by_leaf(own, [leaf.new_zeros(*c.shape[:2], *leaf.shape) for leaf in _tree.leaves(own)])
+            taps, _ = done.pulled(c)
             found, layouts = {}, {}
             for layout, uses in plan.blocks:
                 mine = tuple(Use(done.inputs[k], taps[k], rule) for k, rule in uses)
@@ -81,7 +84,7 @@ def taped(fn: Model, only: Sequence[str] | None, plan: Plan) -> Way:
 
         return Run(done.outputs, rows)
 
-    return Way(plan.cut, run, False)
+    return Way(plan.cut, run, not plan.blocks)
 
 
 def _off_tape(name: str, shared: bool) -> str:

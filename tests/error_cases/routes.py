@@ -46,6 +46,11 @@ def normed(p: Any, x: Tensor) -> Tensor:
     return FN(p, x) * p["weight"].norm()
 
 
+def fixed(p: Any, x: Tensor) -> Tensor:
+    """Not for a single example."""
+    return FN(p, x.reshape(-1, 1, 3).expand(-1, 2, -1)[:, 0] if len(x) > 1 else x.reshape(2, 3))
+
+
 def written(p: Any, x: Tensor) -> Tensor:
     return F.linear(x, p["weight"].mul_(2), p["bias"])
 
@@ -96,6 +101,9 @@ CASES = {
         lambda: taped(normed, None, kf.make_plan(normed, PARAMS, X, strict=False)), CAPTURE, "'weight'", "only="
     ),
     "another model than planned": Case(drifting, errors.PlanMismatchError, "follow its plan", "route='loop'"),
+    "a chunk that does not run": Case(
+        lambda: P.jacobian(fixed, route="tape", chunk_size=3)(PARAMS, X), CAPTURE, "a chunk", "another chunk_size"
+    ),
     "no chunks of a whole": Case(
         lambda: P.jacobian(kf.batched(FN, whole=True), route="loop", chunk_size=2)(PARAMS, X),
         HYPER, "cannot be cut", "leave chunk_size out",

@@ -200,6 +200,65 @@ def under(call: Callable[[], Any]) -> Any:
         return call()
 
 
+@pytest.mark.parametrize("route", ["vmap", "loop", "auto"])
+@pytest.mark.filterwarnings("ignore::kfac_func._errors.KFacWarning")
+def test_a_vmap_that_torch_gets_wrong_is_not_taken(route):
+    """prelu goes wrong in two vmaps: over examples and over output vectors."""
+    params = {**PARAMS, "slope": randn(1, seed=9)}
+    fn = lambda p, x: F.linear(F.prelu(F.linear(x, p["w"]), p["slope"]), p["v"])  # noqa: E731
+    if route == "vmap":
+        with pytest.raises(errors.CaptureError, match="route='loop'"):
+            P.jacobian(fn, route=route)(params, X)
+        return
+    wanted = oracles.jacobians(fn, params, X, 6)
+    found = P.jacobian(fn, route=route)(params, X)
+    assert all(close(found[path].flatten(2), wanted[path].flatten(2)) for path in params)
+
+
+@function
+@pytest.mark.parametrize("route", ["auto", "vmap", "loop"])
+def test_a_model_that_reads_no_parameter_says_zero(name, route):
+    found = functions(lambda p, x: x[:, :3], route=route)[name](PARAMS)
+    assert not any(bool(leaf.any()) for leaf in leaves(found))
+    wanted = functions(lambda p, x: F.linear(F.linear(x, p["w"]), p["v"]))[name](PARAMS)
+    assert [leaf.shape for leaf in leaves(found)] == [leaf.shape for leaf in leaves(wanted)]
+
+
+@pytest.mark.parametrize("route", ["auto", "tape", "vmap", "loop"])
+def test_complex_parameters_are_refused_by_name(route):
+    params = {**PARAMS, "turn": torch.ones(5, dtype=torch.complex128)}
+    fn = lambda p, x: F.linear((F.linear(x, p["w"]) * p["turn"]).real, p["v"])  # noqa: E731
+    with pytest.raises(errors.CaptureError, match=r"(?s)'turn'.*view_as_real"):
+        P.jacobian(fn, route=route)(params, X)
+
+
+SHIFTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "layer": lambda x, b: F.layer_norm(x, (3,), None, b),
+    "group": lambda x, b: F.group_norm(x, 3, None, b),
+    "batch": lambda x, b: F.batch_norm(x, torch.ones(3).double(), torch.ones(3).double(), None, b),
+    "instance": lambda x, b: F.instance_norm(x, bias=b),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_products_through_norms_with_a_shift_alone(name):
+    """Whose second derivatives torch leaves the shift out of. The oracle adds it by hand."""
+    x, params = randn(6, 3, 3, seed=1), {"b": randn(3, seed=2), "v": randn(3, 9, seed=3)}
+    norm, shape = SHIFTED[name], (3,) if name == "layer" else (3, 1)
+
+    def model(normed: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        return lambda p, x: F.linear(torch.tanh(normed(x, p["b"])).flatten(1), p["v"])
+
+    one, two = model(norm), model(lambda x, b: norm(x, torch.zeros(3).double()) + b.reshape(shape))
+    v = {path: torch.ones_like(leaf) for path, leaf in params.items()}
+    wanted = torch.func.jvp(lambda p: two(p, x), (params,), (v,))[1]
+    assert close(P.jvp(one)(params, x)(v), wanted)
+    slope = torch.func.grad(lambda p: LOSS.value(two(p, x), Y))
+    hessian = torch.func.jvp(slope, (params,), (v,))[1]
+    found = P.hvp(one, LOSS)(params, (x, Y))(v)
+    assert all(close(found[path], hessian[path]) for path in params)
+
+
 # ------------------------------------------------------------------ what torch would say in other words
 
 
