@@ -108,7 +108,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = list(_tensors((args, tuple(kwargs.values()))))
         if not torch.is_grad_enabled() or func in views.CUT:
-            return func(*args, **kwargs)
+            return args[0].detach() if func == views.DATA else func(*args, **kwargs)
         tensors = [x for x in tensors if not views.only_measured(func, args, x)]
         if level() != self.level:
             return self._inside(func, args, kwargs, tensors)

@@ -24,8 +24,11 @@ _SHAPED = (
     *(torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, torch.unflatten, Tensor.unflatten),
 )
 
+DATA = vars(torch._C.TensorBase)["data"].__get__
+"""Under several transforms it cuts the innermost alone, where `detach` cuts all."""
+
 CUT = (
-    *(torch.detach, Tensor.detach, vars(torch._C.TensorBase)["data"].__get__),
+    *(torch.detach, Tensor.detach, DATA),
     *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
     *(getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor")),
 )

@@ -38,7 +38,7 @@ def blockwise(structure: Structure, vector: Structure | None = None) -> Curvatur
     >>> kf.curvature.blockwise(kf.curvature.kronecker()).name
     'blockwise(kronecker[cholesky], diagonal)'
     """
-    other = diagonal() if vector is None else vector
+    other = diagonal(crossed=structure.name != "diagonal") if vector is None else vector
 
     def choose(name: str, matrix: bool) -> Structure:
         del name
@@ -63,7 +63,7 @@ def by_path(rules: Mapping[str, Structure], vector: Structure | None = None) -> 
     """
     if not rules:
         raise HyperparameterError(explain("by_path got no rules.", options="by_path({'**': kronecker()}, ...)"))
-    table, other = dict(rules), diagonal() if vector is None else vector
+    table, other = dict(rules), diagonal(crossed=True) if vector is None else vector
 
     def choose(name: str, matrix: bool) -> Structure:
         structure = table[first_match(table, name, "by_path")]

@@ -33,10 +33,13 @@ class DiagonalFactored(NamedTuple):
 storable(DiagonalState, DiagonalFactored)
 
 
-def diagonal() -> Structure:
+def diagonal(*, crossed: bool = False) -> Structure:
     r"""The diagonal of F. `split` has no meaning here: the damping is always exact.
 
-    v = V ⊘ (D + λ),        D = (1/N) Σ_{v,n} V_{v,n}²
+        v = V ⊘ (D + λ),        D = (1/N) Σ_{v,n} V_{v,n}²
+
+    crossed   take blocks of examples that see each other too (batch statistics): D is then right in expectation, for
+              vectors of mean zero. Without it they are refused with StateError, as D is promised to be exact
 
     >>> d = kf.curvature.diagonal()
     >>> d.solve(d.factorize(kf.curvature.DiagonalState(torch.ones(2)), torch.tensor(1.0), "pi"), torch.ones(2))
@@ -44,7 +47,7 @@ def diagonal() -> Structure:
     """
 
     def measure(block: Block) -> DiagonalState:
-        return DiagonalState(squares(apart(block, "diagonal()") if block.layout.matrix else block))
+        return DiagonalState(squares(block if crossed else apart(block, "diagonal()")))
 
     def factorize(state: DiagonalState, damping: Tensor, split: str) -> DiagonalFactored:
         del split

@@ -119,6 +119,23 @@ def test_what_promises_the_block_itself_is_refused(made):
         tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
 
 
+def test_scale_and_shift_are_estimated_beside_kfac_and_refused_where_the_diagonal_is_asked_for():
+    def fn(p: dict, x: Tensor) -> Tensor:
+        h = F.layer_norm(F.linear(x, p["w"]), (6,), p["gain"])
+        return F.linear(torch.tanh(h - 0.5 * h.mean(0)), p["v"])
+
+    params = PARAMS | {"gain": randn(6, seed=9)}
+    step: Any = kf.value_grad_and_stats(fn, LOSS)
+    _, grads, stats = step(params, (X, Y), generator=torch.Generator().manual_seed(0))
+    tx = kf.kfac()
+    assert tx.update(grads, tx.init(params), params, stats=stats)[0]["gain"].isfinite().all()
+    alone: Any = kf.value_grad_and_stats(fn, LOSS, unclaimed={"w": "identity", "v": "identity"})
+    _, grads, stats = alone(params, (X, Y), generator=torch.Generator().manual_seed(0))
+    exact = kf.kfac(kf.curvature.diagonal())
+    with pytest.raises(kf.errors.StateError, match="'gain'"):
+        exact.update(grads, exact.init(params), params, stats=stats)
+
+
 @pytest.mark.parametrize("made", [kf.kfac, kf.ekfac, kf.inverse_free])
 def test_what_is_an_approximation_goes_on(made):
     step: Any = kf.value_grad_and_stats(centred, LOSS)
