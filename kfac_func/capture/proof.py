@@ -98,8 +98,9 @@ def _hidden(
         size |= gradients(layout, bound, shapes)
     eps = max((torch.finfo(x.dtype).eps for x in (*leaves.values(), *taps)), default=0.0)
     sizes = {path: _norm(size[path]) + _norm(wanted[path]) for path in plan.paths}
-    largest, floor = max(sizes.values(), default=0.0), 2**12 * eps * _norm(c)
-    found, noise = {}, 2**6 * eps * largest if largest > floor else floor  # below it, all of them are rounding
+    largest, floor = max(sizes.values(), default=0.0), min(2**12 * eps, 2**-7) * _norm(c)
+    noise = min(2**6 * eps, 2**-5) * largest if largest > floor else floor  # below it, all of them are rounding
+    found = {}
     for path in plan.paths:
         off = _norm(got[path].to(wanted[path].dtype) - wanted[path])
         missed = path in plan.unused and _norm(wanted[path]) > 0

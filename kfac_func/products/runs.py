@@ -14,7 +14,16 @@ from kfac_func._tracing import level, readable
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Block, Layout, Pairs, Use, pairs
 from kfac_func.blocks.rows import precise
-from kfac_func.capture import Cut, Plan, check_examples, chosen_leaves, plainly, record, restricted, tensor_of
+from kfac_func.capture import (
+    Cut,
+    Plan,
+    check_examples,
+    chosen_leaves,
+    plainly,
+    record,
+    restricted,
+    tensor_of,
+)
 
 Rows: TypeAlias = tuple[dict[str, Pairs], dict[str, Layout]]
 """By block name."""
