@@ -28,7 +28,8 @@ def opened(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]
 def closed(kind: Any, names: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
     """A node of the class with other children."""
     if issubclass(kind, Mapping):
-        return kind(dict(zip(names, children, strict=True)))
+        made: Any = kind
+        return made(dict(zip(names, children, strict=True)))
     node = object.__new__(kind)
     for name, child in zip(names, children, strict=True):
         object.__setattr__(node, name, child)

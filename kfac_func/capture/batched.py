@@ -82,7 +82,9 @@ def _selected(found: Any, output: Output) -> Any:
     if callable(output):
         return output(found)
     try:
-        if isinstance(found, Mapping) or (isinstance(output, int) and isinstance(found, (tuple, list))):
+        if isinstance(found, Mapping):
+            return found[output]
+        if isinstance(output, int) and isinstance(found, (tuple, list)):
             return found[output]
         return getattr(found, str(output))
     except (KeyError, IndexError, AttributeError) as error:

@@ -94,7 +94,7 @@ def _hidden(
     for layout, uses in plan.blocks:
         mine = [Use(run.inputs[k], taps[k].unsqueeze(0), rule) for k, rule in uses]
         got |= gradients(layout, mine, shapes)
-        bound = [use._replace(inputs=_size(use.inputs), grads=_size(use.grads)) for use in mine]
+        bound = [Use(_size(run.inputs[k]), _size(taps[k].unsqueeze(0)), rule) for k, rule in uses]
         size |= gradients(layout, bound, shapes)
     eps = max((torch.finfo(x.dtype).eps for x in (*leaves.values(), *taps)), default=0.0)
     sizes = {path: _norm(size[path]) + _norm(wanted[path]) for path in plan.paths}

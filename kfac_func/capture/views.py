@@ -95,10 +95,10 @@ def _place(whole: Tensor, x: Tensor) -> list[tuple[int, int]] | None:
     """Start and length in every dimension, of a view of a contiguous tensor; None for others, and for an empty one."""
     if x.stride() != whole.stride() or x.numel() == 0:
         return None
-    starts, offset = [], x.storage_offset()
+    starts, offset = [], int(x.storage_offset())
     for step in whole.stride():
-        start, offset = divmod(offset, step)
-        starts.append(start)
+        starts.append(offset // step)
+        offset %= step
     return list(zip(starts, x.shape, strict=True))
 
 

@@ -43,6 +43,8 @@ def shorter(p: dict, x: Tensor) -> Tensor:
 class Counting(nn.Linear):
     """A buffer that is written, in place or not."""
 
+    seen: Tensor
+
     def __init__(self, in_place: bool) -> None:
         super().__init__(3, 2)
         self.in_place = in_place

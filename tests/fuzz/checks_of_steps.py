@@ -61,7 +61,7 @@ def _nests(look: Look) -> bool:
     problem, (_, wanted) = look.case.problem, look.truth.value_and_gradient
 
     def value(params: Any) -> Tensor:
-        z, _ = torch.func.vjp(lambda zero: problem.fn(params, problem.inputs) + zero, torch.zeros(()))
+        z, *_ = torch.func.vjp(lambda zero: problem.fn(params, problem.inputs) + zero, torch.zeros(()))
         return problem.value(z, problem.targets)
 
     for _ in range(3):

@@ -110,7 +110,7 @@ class Model(NamedTuple):
     fn: Any
     params: dict[str, Tensor]
     inputs: Any
-    taken: str  # the route that can
+    taken: Any  # the route that can
     targets: Tensor = torch.tensor([0, 2, 1, 1, 0, 2])
 
     @property
@@ -188,7 +188,7 @@ def test_every_function_takes_every_model(name):
     grads = torch.einsum("nd,ndp->np", score, j)
     curved = torch.diag_embed(z.softmax(1)) - z.softmax(1).unsqueeze(2) * z.softmax(1).unsqueeze(1)
     ggn = torch.einsum("ndp,nde,neq->npq", j, curved, j)
-    options = {"route": m.taken}
+    options: Any = {"route": m.taken}
     assert close(flat(asked(lambda: P.per_example_grads(m.fn, LOSS, **options)(m.params, m.batch)), 1), grads)
     assert close(asked(lambda: P.per_example_norms(m.fn, LOSS, **options)(m.params, m.batch)), grads.norm(dim=1))
     assert close(asked(lambda: P.per_example_gram(m.fn, LOSS, **options)(m.params, m.batch)), grads @ grads.mT)
