@@ -121,9 +121,12 @@ class Truth:
             raise Disagrees("torch.func and torch.autograd have two Hessians")
         try:  # backwards twice, torch loses the shift of a normalisation without a scale; forwards it does not
             along = flat(self.tree(vector))
-            return joined(torch.func.jvp(torch.func.grad(self.total), (self.leaves,), (along,))[1])
+            third = joined(torch.func.jvp(torch.func.grad(self.total), (self.leaves,), (along,))[1])
         except (RuntimeError, NotImplementedError):
             return found
+        if not bool((found - third).norm() <= 1e-3 * found.norm()):
+            raise Disagrees("torch has one Hessian backwards and another forwards")
+        return found
 
     def tree(self, vector: Tensor) -> Any:
         """A tree like the parameters from one vector."""
