@@ -26,8 +26,10 @@ def exactly(one: Any, other: Any) -> None:
 
 
 def test_a_leaf_is_settled_and_nothing_else():
-    x = torch.ones(2, requires_grad=True)
+    x = nn.Parameter(torch.ones(2))
     y = 2 * x
+    other = torch.ones(2, requires_grad=True)
+    assert settled(other) is other  # asked for: gradients through whole runs
     assert not settled(x).requires_grad
     assert settled(x).data_ptr() == x.data_ptr()
     assert settled(y) is y
@@ -57,7 +59,7 @@ def test_quadratic_models():
         state = tx.init(params)
         for _ in range(3):
             _, grads, stats = step(params, BATCH)
-            given = {name: leaf.clone().requires_grad_(own) for name, leaf in params.items()}
+            given = {name: nn.Parameter(leaf.clone()) if own else leaf for name, leaf in params.items()}
             updates, state = tx.update(grads, state, given, stats=stats, batch=BATCH)
             params = kf.apply_updates(params, updates)
         found.append((params, state))
