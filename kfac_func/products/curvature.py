@@ -37,8 +37,9 @@ def hvp(fn: Model, loss: Loss) -> Callable[[PyTree, Any], Product]:
     v     a tree like the parameters; a None leaf counts as zeros. The product is a tree like the parameters, in their
           dtypes, in units of the loss per squared unit of a parameter
 
-    Composes with vmap over stacked vectors and with grad. Attention runs in its mathematical form. Raises BatchError
-    for an empty batch or a gradient with NaN, TreeMismatchError for a v unlike the parameters, HyperparameterError for
+    Composes with vmap over stacked vectors and with grad. Attention runs in its mathematical form. The padding row of
+    an embedding, and what the model detaches, are constants as for the gradient. Raises BatchError for an empty batch
+    or a gradient with NaN, TreeMismatchError for a v unlike the parameters, HyperparameterError for
     a v with NaN, CaptureError for a model that writes into its parameters. Source: Pearlmutter 1994.
 
         >>> fn = lambda p, x: x * p["w"]

@@ -101,7 +101,7 @@ def gauss_newton_product(look: Look) -> None:
 def hessian_product(look: Look) -> None:
     fair(look)
     problem, v = look.case.problem, look.draw.normal(vector(look.truth.params).numel()).to(vector(look.truth.params))
-    want = look.truth.hessian_product(v)
+    want = look.truth.hessian_product(v, constants=look.case.hostile)
     got = kf.products.hvp(problem.fn, problem.loss)(problem.params, problem.batch)(look.truth.tree(v))
     agree(
         "Hessian product",

@@ -108,8 +108,29 @@ class Truth:
         n = len(self.outputs)
         return torch.einsum("nd,ndp->np", self.scores, self.jacobian.unflatten(0, (n, -1)))
 
-    def hessian_product(self, vector: Tensor) -> Tensor:
-        """H v of the loss, by differentiating the gradient again."""
+    def hessian_product(self, vector: Tensor, constants: bool) -> Tensor:
+        """H v of the loss: the gradient's derivative along v, forwards where torch can, else backwards.
+
+        Forwards torch keeps what backwards it loses (the shift of a normalisation without a scale). A parameter whose
+        gradient never moves is a constant (the padding row of an embedding): its column counts as zero like its row.
+        With `constants` in the model (detached, under no_grad: forwards they move) both must be one.
+        """
+        grad, second = torch.func.grad(self.total), self.backwards(vector)
+
+        def along(v: Tensor) -> Tensor:
+            return joined(torch.func.jvp(grad, (self.leaves,), (flat(self.tree(v)),))[1]).detach()
+
+        try:
+            found = along(vector * (along(vector) != 0))
+        except (RuntimeError, NotImplementedError):
+            return second
+        tight = 1e-4 if found.dtype == torch.float32 else 1e-8
+        if constants and not bool((found - second).norm() <= tight * found.norm()):
+            raise Disagrees("torch has one Hessian backwards and another forwards")
+        return found
+
+    def backwards(self, vector: Tensor) -> Tensor:
+        """H v by differentiating the gradient again, in two ways; what is detached inside is a constant."""
         try:
             first = self.pulled(self.problem.value(self.graph[0], self.problem.targets), create=True)
             found = joined(self.pulled((joined(first) * vector).sum())).detach()
@@ -119,13 +140,6 @@ class Truth:
             raise Disagrees(str(error)) from error
         if not bool((found - again).norm() <= 1e-3 * found.norm()):  # .detach() inside is read in two ways
             raise Disagrees("torch.func and torch.autograd have two Hessians")
-        try:  # backwards twice, torch loses the shift of a normalisation without a scale; forwards it does not
-            along = flat(self.tree(vector))
-            third = joined(torch.func.jvp(torch.func.grad(self.total), (self.leaves,), (along,))[1])
-        except (RuntimeError, NotImplementedError):
-            return found
-        if not bool((found - third).norm() <= 1e-3 * found.norm()):
-            raise Disagrees("torch has one Hessian backwards and another forwards")
         return found
 
     def tree(self, vector: Tensor) -> Any:

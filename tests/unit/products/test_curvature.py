@@ -227,6 +227,23 @@ def test_a_leaf_that_is_not_used_and_one_that_is_none():
         assert all(close(got[k][c], wanted[k][c]) for k in wanted for c in "wb")
 
 
+def test_the_padding_row_of_an_embedding_is_a_constant():
+    """Its gradient never moves: its row and its column of the Hessian are zero, so H is symmetric."""
+    layers = nn.Sequential(nn.Embedding(4, 3, padding_idx=1), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
+    fn, params = kf.make_functional(layers)
+    batch = (torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.tensor([0, 1, 1]))
+    v = {path: torch.randn_like(leaf) for path, leaf in params.items()}
+    loss, free = kf.losses.cross_entropy(), v | {"0.weight": v["0.weight"].index_fill(0, torch.tensor(1), 0.0)}
+    value = torch.func.grad(lambda p: loss.value(fn(p, batch[0]), batch[1]))
+    want = torch.func.jvp(value, (params,), (free,))[1]
+
+    got = kf.products.hvp(fn, loss)(params, batch)(v)
+
+    for path, leaf in want.items():
+        close(got[path], leaf)
+    assert not got["0.weight"][1].any() and v["0.weight"][1].any()
+
+
 def test_products_have_the_dtypes_of_the_parameters():
     fn = lambda p, x: x @ p["weight"] + p["bias"].double()  # noqa: E731
     params = {"weight": randn(3, 2), "bias": randn(2).float()}
