@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from kfac_func import _tree
-from kfac_func._errors import BatchError, HyperparameterError, TreeMismatchError, explain
+from kfac_func._errors import BatchError, CaptureError, HyperparameterError, TreeMismatchError, explain
 from kfac_func._tracing import known_bad
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture import check_examples, not_empty, rules_of, spared, tensor_of
@@ -140,11 +140,27 @@ def vjp(fn: Model) -> Callable[[PyTree, Any], Callable[[Tensor], PyTree]]:
 def transpose(fn: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
     """fn(x) and its pullback at x. The pullback of a linear function is its transpose, wherever x is.
 
+    Raises CaptureError from the pullback where torch has no derivative of an operation.
+
     >>> transpose(lambda x: 3 * x, torch.zeros(2))[1](torch.ones(2))
     tensor([3., 3.])
     """
     value, pullback, *_ = torch.func.vjp(fn, at)
-    return value, lambda u: pullback(u)[0]
+
+    def pulled(u: Any) -> Any:
+        try:
+            return pullback(u)[0]
+        except NotImplementedError as error:
+            raise CaptureError(
+                explain(
+                    "an operation of the model has no second derivative in torch.",
+                    got=str(error).splitlines()[0],
+                    why="J v is the transpose of Jᵀ u, and H v differentiates the gradient",
+                    options="write it with other operations; kf.products.jacobian takes first derivatives alone",
+                )
+            ) from error
+
+    return value, pulled
 
 
 def like(params: PyTree, vector: PyTree) -> list[Tensor]:
