@@ -7,6 +7,7 @@ Gram matrices, the action of F on Kronecker products) comes from these rows; a m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -72,8 +73,8 @@ def apart(block: Block, user: str) -> Block:
 
 
 def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = False) -> dict[str, Pairs]:
-    """The rows of all blocks, alike in V and B, so that a column of M is one example of the whole net; `of_factors`:
-    those that A and G are made of.
+    """The rows of all blocks, alike in V, B and precision, so that a column of M is one example of the whole net;
+    `of_factors`: those that A and G are made of.
 
     Raises StateError, in the name of `user`, for a block without rows of its own for every example.
     """
@@ -99,7 +100,8 @@ def pairs_by_example(blocks: dict[str, Block], user: str, *, of_factors: bool = 
                     f"(expand its input); or unclaimed={{{name!r}: 'identity'}}",
                 )
             )
-    return found
+    wide = reduce(torch.promote_types, (side.dtype for rows in found.values() for side in rows))
+    return {name: Pairs(*(side.to(wide) for side in rows)) for name, rows in found.items()}
 
 
 def _sides(block: Block, use: Use, sharing: str) -> tuple[Tensor, ...]:

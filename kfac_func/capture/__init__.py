@@ -7,6 +7,7 @@ from kfac_func.capture.batched import tensor_of as tensor_of
 from kfac_func.capture.coverage import Policy as Policy
 from kfac_func.capture.coverage import Unclaimed as Unclaimed
 from kfac_func.capture.discovery import checked_leaves as checked_leaves
+from kfac_func.capture.discovery import eagerly as eagerly
 from kfac_func.capture.discovery import plainly as plainly
 from kfac_func.capture.discovery import spared as spared
 from kfac_func.capture.draws import repeatable as repeatable

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,7 +104,14 @@ def plainly(fn: Model, params: PyTree, inputs: Any) -> tuple[Tensor, Any]:
     return found, pullback
 
 
-def eagerly() -> AbstractContextManager[Any]:
-    """Functions that torch.compile wrapped run as they were written, so that the tape sees into them."""
-    known = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
-    return torch.compiler.set_stance("force_eager") if known else nullcontext()
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Functions that torch.compile wrapped run as they were written, so that the tape sees into them; those of
+    torch.jit are not specialised to what asks for derivatives now, which other runs would then have to go without.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    compiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with compiled, torch.jit.optimized_execution(False):
+        yield

@@ -16,7 +16,7 @@ from kfac_func._errors import CaptureError, explain
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Where
 from kfac_func.capture.coverage import Policy, Unclaimed, check_policies, choose
-from kfac_func.capture.discovery import checked_leaves, discovered
+from kfac_func.capture.discovery import checked_leaves, discovered, eagerly
 from kfac_func.capture.draws import same_draws
 from kfac_func.capture.examples import where_examples
 from kfac_func.capture.grouping import group, owner, signature
@@ -63,7 +63,7 @@ def make_plan(
         )
     _tree.know(inputs)
     leaves = checked_leaves(params)
-    with same_draws(leaves.values()) as again:
+    with eagerly(), same_draws(leaves.values()) as again:
         found = located(fn, params, inputs, again)
         few = found.drawn[:1] if found.cut.whole else found.drawn[:2]
         runs = [again(lambda x=x: discovered(fn, params, leaves, x)) for x in few]

@@ -24,7 +24,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, CaptureError, HyperparameterError, TreeMismatchError, explain
 from kfac_func._tracing import known_bad
 from kfac_func._typing import Model, PyTree
-from kfac_func.capture import check_examples, not_empty, rules_of, spared, tensor_of
+from kfac_func.capture import check_examples, eagerly, not_empty, rules_of, spared, tensor_of
 from kfac_func.losses.base import check_shape
 
 
@@ -190,13 +190,13 @@ def like(params: PyTree, vector: PyTree) -> list[Tensor]:
 
 @contextlib.contextmanager
 def mathematical() -> Iterator[None]:
-    """Attention in its mathematical form, as the fused kernels have no second derivative and no batching rule; and
-    norms with a shift alone as a sum, as those of torch leave the shift out of it.
+    """Attention in its mathematical form, as the fused kernels have no second derivative and no batching rule; norms
+    with a shift alone as a sum, as those of torch leave the shift out of it; and nothing compiled.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    with sdpa_kernel(SDPBackend.MATH), _Shifted():
+    with eagerly(), sdpa_kernel(SDPBackend.MATH), _Shifted():
         yield
 
 

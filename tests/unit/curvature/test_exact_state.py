@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kfac_func as kf
@@ -97,6 +99,26 @@ def test_dead_layers_and_half_precision(make):
     for x, y in zip(leaves(v), leaves(wanted), strict=True):
         assert x.dtype == torch.bfloat16
         assert close(x.double(), y, 0.1)
+
+
+@makers
+def test_one_layer_in_half_precision(make):
+    """Its rows come in float32, those of the layers around it in float64: one solve, in float64."""
+    params = {"a": randn(3, 4), "b": randn(3, 3, seed=1), "c": randn(2, 3, seed=2)}
+    x, y = randn(5, 4, seed=3), torch.tensor([0, 1, 1, 0, 1])
+
+    def fn(p: Any, x: Tensor, low: torch.dtype = torch.bfloat16) -> Tensor:
+        h = torch.tanh(x @ p["a"].mT)
+        return torch.tanh(F.linear(h.to(low), p["b"].to(low)).to(x.dtype)) @ p["c"].mT
+
+    def solved(fn: Any) -> Any:
+        step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=kf.estimators.exact())
+        _, grads, stats = step(params, (x, y))
+        return kf.precondition(kf.observe(kf.kfac(make(), damping=0.03).init(params), stats), grads)
+
+    for v, wanted in zip(leaves(solved(fn)), leaves(solved(partial(fn, low=torch.float64))), strict=True):
+        assert v.dtype == torch.float64
+        assert close(v, wanted, 0.05)
 
 
 @pytest.mark.compile
