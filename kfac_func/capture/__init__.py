@@ -10,6 +10,7 @@ from kfac_func.capture.discovery import checked_leaves as checked_leaves
 from kfac_func.capture.discovery import eagerly as eagerly
 from kfac_func.capture.discovery import plainly as plainly
 from kfac_func.capture.discovery import spared as spared
+from kfac_func.capture.draws import Generators as Generators
 from kfac_func.capture.draws import repeatable as repeatable
 from kfac_func.capture.draws import same_draws as same_draws
 from kfac_func.capture.examples import Cut as Cut
@@ -17,6 +18,7 @@ from kfac_func.capture.examples import check_examples as check_examples
 from kfac_func.capture.examples import not_empty as not_empty
 from kfac_func.capture.functional import make_functional as make_functional
 from kfac_func.capture.loaders import rereadable as rereadable
+from kfac_func.capture.locating import same_numbers as same_numbers
 from kfac_func.capture.plan import Plan as Plan
 from kfac_func.capture.planner import Planner as Planner
 from kfac_func.capture.planner import finder as finder

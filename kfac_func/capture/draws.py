@@ -35,6 +35,10 @@ class Generators(NamedTuple):
             {None: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in self.devices}
         )
 
+    def equal(self, other: Generators) -> bool:
+        """Whether nothing was drawn between the two."""
+        return all(torch.equal(state, other.states[device]) for device, state in self.states.items())
+
     def restore(self) -> None:
         """Let them draw these numbers."""
         for device, state in self.states.items():

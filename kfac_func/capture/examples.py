@@ -54,6 +54,12 @@ class Cut(NamedTuple):
         """The examples start … stop − 1."""
         return self._each(inputs, lambda leaf, dim: leaf[(slice(None),) * dim + (slice(start, stop),)])
 
+    def take(self, inputs: Any, order: Sequence[int]) -> Any:
+        """The examples with these numbers."""
+        return self._each(
+            inputs, lambda leaf, dim: leaf.index_select(dim, torch.tensor(order, device=leaf.device)), None
+        )
+
     def pick(self, inputs: Any, places: Sequence[tuple[int, int]]) -> Any:
         """The examples at some places, as copies: (n, k) is example n, and for k > 0 another one that is like it."""
 

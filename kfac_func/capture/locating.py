@@ -129,8 +129,8 @@ def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Except
     for z, n in ((two, 2), (three, 3), (other, 3)):
         if z.ndim == 0 or z.shape[0] != n:
             return f"outputs {list(z.shape)} for {n} examples"
-    alone = _equal(three[1:2], two[:1], 2**12) or _random(some.three, three, run)
-    apart = alone and all(_equal(three[:2], z[:2], 2**6) for z in (other, wild) if z is not None)
+    alone = same_numbers(three[1:2], two[:1], 2**12) or _random(some.three, three, run)
+    apart = alone and all(same_numbers(three[:2], z[:2], 2**6) for z in (other, wild) if z is not None)
     return Located(cut, some, apart, cut.count(inputs))
 
 
@@ -147,10 +147,10 @@ def _wild(cut: Cut, some: Drawn, run: Callable[..., Any]) -> Tensor | None:
 
 def _random(inputs: Any, z: Tensor, run: Callable[..., Any]) -> bool:
     """Whether the model draws random numbers, so that two examples of three are others than two of two."""
-    return level() > 0 or not _equal(plain(tensor_of(run(inputs, 1))), z, 2**6)
+    return level() > 0 or not same_numbers(plain(tensor_of(run(inputs, 1))), z, 2**6)
 
 
-def _equal(one: Tensor, two: Tensor, roundings: int) -> bool:
+def same_numbers(one: Tensor, two: Tensor, roundings: int) -> bool:
     """Up to rounding, which may depend on what else is computed; as far as both go, where a length is that of the
     batch.
     """

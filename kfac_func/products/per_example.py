@@ -8,7 +8,8 @@ factors (`products.rows`). All functions here compose with torch.func, and none 
 
 route       "auto": the tape; where it cannot, a vmap over examples; where that cannot, a loop over them, with a warning
             that says so, once. "tape", "vmap" or "loop": this one or an error (`products.routes`); equal numbers
-chunk_size  examples at a time (None: all): bounds memory, at the price of one further forward pass
+chunk_size  examples at a time (None: all): bounds memory, at the price of two more forward passes
+            (the second, with the examples in other chunks, shows whether they see each other)
 only        patterns of parameter paths (`fnmatch`): all of this for the model as a function of these leaves, the others
             being constants; trees have None in their place. None: all leaves
 progress    wraps the list of chunks, e.g. tqdm.tqdm

@@ -7,6 +7,7 @@ All later algorithms see `Pairs` and do not know which route they came from (`pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,10 +16,22 @@ from torch import Tensor
 
 from kfac_func import _tree
 from kfac_func._errors import CaptureError, HyperparameterError, KFacError, at_least, explain
+from kfac_func._tracing import readable
 from kfac_func._typing import Model, PyTree
 from kfac_func.blocks import Layout, Pairs
-from kfac_func.capture import Cut, Plan, check_examples, not_empty, repeatable, rules_of, tensor_of
+from kfac_func.capture import (
+    Cut,
+    Generators,
+    Plan,
+    check_examples,
+    not_empty,
+    repeatable,
+    rules_of,
+    same_numbers,
+    tensor_of,
+)
 from kfac_func.products.routes import Route, Way, way_of
+from kfac_func.products.runs import apart
 from kfac_func.products.sources import Sources, Vectors, once
 
 
@@ -73,7 +86,7 @@ def reader(
         parts = [(k, cut.part(inputs, k, k + chunk_size)) for k in range(0, count, chunk_size)]
         if len(parts) == 1:
             return [_pass(way, params, inputs, sources)]
-        return _passes(fn, way, params, parts, sources)
+        return _passes(fn, way, params, inputs, parts, sources)
 
     return read
 
@@ -96,7 +109,7 @@ def example_rows(
     vectors      z -> c [V, N, *out], always asked about the whole batch, so that a loss that normalises over the batch
                  keeps its meaning in chunks
     route        how the rows are had, see `products.routes`; equal numbers
-    chunk_size   examples at a time (None: all): bounds the memory of the passes, at the price of a further forward pass
+    chunk_size   examples at a time (None: all): bounds memory, at the price of two more forward passes
     only         patterns of parameter paths (`fnmatch`): the others are constants
     plan         an explicit `make_plan(fn, params, inputs)` for the tape, of the leaves that `only` keeps
 
@@ -144,12 +157,17 @@ def _pass(way: Way, params: PyTree, inputs: Any, sources: Sources) -> Pass:
     return rows
 
 
-def _passes(fn: Model, way: Way, params: PyTree, parts: list[tuple[int, Any]], sources: Sources) -> list[Pass]:
+def _passes(
+    fn: Model, way: Way, params: PyTree, inputs: Any, parts: list[tuple[int, Any]], sources: Sources
+) -> list[Pass]:
     """The vectors are those of all outputs, and a part draws again what it drew for them (dropout)."""
     draws = [repeatable(_tree.leaves(params)) for _ in parts]
+    before = Generators.of(_tree.leaves(params))
     z = [again(lambda part=part: _outputs(fn, params, part)) for again, (_, part) in zip(draws, parts, strict=True)]
     for outputs, (_, part) in zip(z, parts, strict=True):
         check_examples(outputs, way.cut.count(part))
+    if readable(z[0]) and before.equal(Generators.of(_tree.leaves(params))):
+        _in_other_company(fn, way.cut, params, inputs, torch.cat(z), len(z[0]))
     remade = sources(torch.cat(z))
 
     def one(k: int) -> Pass:
@@ -164,6 +182,17 @@ def _passes(fn: Model, way: Way, params: PyTree, parts: list[tuple[int, Any]], s
         return rows
 
     return [one(k) for k in range(len(parts))]
+
+
+def _in_other_company(fn: Model, cut: Cut, params: PyTree, inputs: Any, z: Tensor, size: int) -> None:
+    """Raise CaptureError when the outputs of an example are others in a chunk with other examples."""
+    groups = math.ceil(len(z) / max(size, 2))
+    for first in range(groups):
+        order = list(range(first, len(z), groups))
+        with torch.no_grad():
+            other = _outputs(fn, params, cut.take(inputs, order))
+        if not same_numbers(z[order].detach(), other, 2**12):
+            apart("its outputs are others in a chunk with other examples of this batch")
 
 
 def _outputs(fn: Model, params: PyTree, part: Any) -> Tensor:

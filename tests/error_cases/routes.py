@@ -77,6 +77,15 @@ def gain(p: Any, x: Tensor) -> Tensor:
     return FN(p, x) * (1 if bool((p["bias"] > 0).all()) else 2)
 
 
+def by_count(p: Any, x: Tensor) -> Tensor:
+    """Another function of batches that no plan is made with."""
+    return FN(p, x) if len(x) < 4 else FN(p, x).tanh()
+
+
+def bagged(p: Any, x: Tensor) -> Tensor:
+    return F.embedding_bag(x, p["w"])
+
+
 WHOLE = kf.quadratic_model(kf.batched(FN, whole=True), MSE, examples=0.5)
 SHUFFLED = DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True)
 
@@ -107,6 +116,16 @@ CASES = {
     "no chunks of a whole": Case(
         lambda: P.jacobian(kf.batched(FN, whole=True), route="loop", chunk_size=2)(PARAMS, X),
         HYPER, "cannot be cut", "leave chunk_size out",
+    ),
+    "a batch that decides": Case(
+        lambda: P.jacobian(by_count, route="loop", chunk_size=4)(PARAMS, torch.arange(18.0).reshape(6, 3)),
+        CAPTURE, "in a chunk with other examples", "eval mode",
+    ),
+    "no second derivative": Case(
+        lambda: P.ggn_vp(bagged, MSE)({"w": torch.ones(4, 2)}, (torch.zeros(4, 3, dtype=torch.long), Y))(
+            {"w": torch.ones(4, 2)}
+        ),
+        CAPTURE, "embedding_bag", "kf.products.jacobian",
     ),
     "only nothing": Case(lambda: P.jacobian(FN, only=[])(PARAMS, X), HYPER, "no parameter", "None for all"),
     "a route of nets": Case(sampled(FN, route=wrong("tape")), HYPER, "'tape'", "'auto' or 'vmap' or 'loop'"),

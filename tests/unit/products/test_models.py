@@ -246,8 +246,9 @@ def test_chunks_draw_what_their_outputs_were_drawn_with(name, chunk_size):
     seen.clear()
     found = asked(lambda: made(m.params, m.batch))
     count = -(-6 // chunk_size)
-    assert len(seen) == 2 * count
-    assert all(close(one.detach(), two.detach()) for one, two in zip(seen[:count], seen[count:], strict=True))
+    others = 0 if "dropout" in name else -(-6 // max(chunk_size, 2))  # the same examples in other chunks
+    assert len(seen) == 2 * count + others
+    assert all(close(one.detach(), two.detach()) for one, two in zip(seen[:count], seen[-count:], strict=True))
     if "dropout" not in name:
         assert close(found, P.per_example_norms(m.fn, LOSS, route="loop")(m.params, m.batch))
 
