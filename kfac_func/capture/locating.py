@@ -1,8 +1,9 @@
 """Finding the examples of the inputs: the model is asked, and the lengths of its inputs alone decide nothing.
 
 A leaf holds examples if the model runs on two and on three of its rows, its outputs then have two and three rows, and
-neither another third row nor none at all changes the outputs of the others. Among the ways to cut that run, one of the
-last kind goes first: a table that happens to be as long as the batch would make examples see each other.
+neither another third row nor none at all nor another order changes the outputs of the others. Among the ways to cut
+that run, one of the last kind goes first: a table that happens to be as long as the batch would make examples see each
+other.
 """
 
 from __future__ import annotations
@@ -120,17 +121,19 @@ def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Except
         return "no leaf of the inputs is cut"
     some = drawn(cut, inputs)
     try:
-        three, other, two = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two))
+        turned = cut.take(some.three, (2, 1, 0))
+        three, other, two, back = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two, turned))
         wild = _wild(cut, some, run)
     except KFacError:
         raise
     except Exception as error:
         return error
-    for z, n in ((two, 2), (three, 3), (other, 3)):
+    for z, n in ((two, 2), (three, 3), (other, 3), (back, 3)):
         if z.ndim == 0 or z.shape[0] != n:
             return f"outputs {list(z.shape)} for {n} examples"
-    alone = same_numbers(three[1:2], two[:1], 2**12) or _random(some.three, three, run)
-    apart = alone and all(same_numbers(three[:2], z[:2], 2**6) for z in (other, wild) if z is not None)
+    alone = same_numbers(three[1:2], two[:1], 2**12) and same_numbers(three.flip(0), back, 2**6)
+    apart = alone or _random(some.three, three, run)
+    apart = apart and all(same_numbers(three[:2], z[:2], 2**6) for z in (other, wild) if z is not None)
     return Located(cut, some, apart, cut.count(inputs))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
 import kfac_func as kf
-from kfac_func.errors import KFacWarning, UncapturedParameterError
+from kfac_func._errors import KFacWarning, UncapturedParameterError
 from tests.kinds import truth
 from tests.zoo import close, randn
 
