@@ -163,9 +163,7 @@ def same_numbers(one: Tensor, two: Tensor, roundings: int) -> bool:
     one, two = one[both], two[both]
     if not one.is_floating_point():
         return torch.equal(one, two)
-    rounding = (
-        min(roundings if one.itemsize > 2 else 2**5, 0.1 / torch.finfo(one.dtype).eps) * torch.finfo(one.dtype).eps
-    )
+    rounding = min((roundings if one.itemsize > 2 else 2**5) * torch.finfo(one.dtype).eps, 0.1)
     scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
     return torch.allclose(one, two, rtol=rounding, atol=rounding * scale, equal_nan=True)
 
