@@ -24,6 +24,7 @@ from kfac_func.estimators.statistics import Step
 from kfac_func.estimators.stats import Sharing
 from kfac_func.linalg.gram import Window
 from kfac_func.losses import Loss
+from kfac_func.losses.means import same_mean
 from kfac_func.precondition.averages import factorized, refreshed
 from kfac_func.precondition.batch import Observed
 from kfac_func.precondition.notices import wide
@@ -75,7 +76,8 @@ def fit_curvature(
     `kf.describe`, `kf.linear_operator`; `kf.observe` goes on averaging.
     Raises BatchError when there is no batch, StateError for a batch whose statistics are not finite and
     for structures that keep rows of fewer batches than there are (`block_diagonal`, `full`),
-    HyperparameterError for values without meaning and for an iterator where two passes are needed; and what
+    HyperparameterError for values without meaning, for a "mean" that depends on how the data are cut into batches
+    (ignored targets, class weights), and for an iterator or another first batch where two passes are needed; and what
     `value_grad_and_stats` raises.
 
         >>> fn, params = kf.make_functional(torch.nn.Linear(3, 2))
@@ -88,7 +90,7 @@ def fit_curvature(
     state = link(eigen() if curvature is None else curvature, damping=damping, split=split).init(params)
     own = curvature_of(state)
     if own.scales:
-        rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
+        batches = rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
     loss, source = _by_example(loss, exact() if estimator is None else estimator)
     step = _stepper(fn, loss, params, source, own, sharing=sharing, strict=strict, unclaimed=unclaimed)
 
@@ -198,9 +200,9 @@ def _replayed(batch: Batch) -> Batch:
 
 
 def _by_example(loss: Loss, estimator: Estimator) -> tuple[Loss, Estimator]:
-    """The same loss and vectors, normalised by the number of examples."""
+    """The same loss and vectors, normalised by the number of examples; in every batch alike."""
     if loss.reduction != "sum":
-        return loss, estimator
+        return same_mean(loss), estimator
     return loss._replace(reduction="batchmean"), estimator._replace(own=False)
 
 

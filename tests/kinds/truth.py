@@ -55,7 +55,7 @@ def diagonal(dense: oracles.Curvature) -> Params:
     """The diagonal of JᵀHJ, leaf by leaf."""
     found = {}
     for path, j in dense.jacobian.items():
-        rows = j.flatten(2).flatten(0, 1)
+        rows = j.reshape(j.shape[0] * j.shape[1], -1)
         found[path] = (rows * (dense.hessian @ rows)).sum(0).reshape(j.shape[2:])
     return found
 

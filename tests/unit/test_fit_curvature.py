@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import kfac_func as kf
-from kfac_func import _tree
+from kfac_func import _tree, errors
 from kfac_func.estimators import Stats
 from tests.zoo import CASES, Case, curvature_of, position_case, run, subset, unclaimed_case
 
@@ -206,3 +207,35 @@ def test_rows_of_all_batches_fit_in_a_window():
     exact = C.blockwise(C.block_diagonal(window=2), C.block_diagonal(window=2))
     blocks = dense(case, fit(case, [4, 4], curvature=exact))
     torch.testing.assert_close(blocks, dense(case, fit(case, [8], curvature=exact)), rtol=1e-9, atol=1e-11)
+
+
+def test_a_mean_over_what_is_not_ignored_needs_batches_of_one_kind():
+    """Two cuts of six sentences: short with long in both batches gives the curvature of all of them; short apart from
+    long would weigh every short one more.
+    """
+    fn, params = kf.make_functional(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5)).double())
+    ids, y = torch.arange(24).reshape(6, 4) % 7, torch.arange(24).reshape(6, 4) % 5
+    y[::2, 1:] = -100
+
+    def fitted(data: Any) -> Any:
+        loss = kf.losses.cross_entropy(class_dim=-1)
+        return kf.fit_curvature(fn, loss, params, data, curvature=kf.curvature.kronecker())
+
+    one = fitted([(ids, y)])
+    same(fitted([(ids[:2], y[:2]), (ids[2:], y[2:])]).curvature, one.curvature, 1e-12)
+    with pytest.raises(errors.HyperparameterError, match="how the data are cut"):
+        fitted([(ids[::2], y[::2]), (ids[1::2], y[1::2])])
+
+
+def test_a_first_batch_that_is_another_one_in_the_second_pass():
+    fn, params = kf.make_functional(nn.Linear(3, 2).double())
+
+    class Moving:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            yield self.passes * torch.eye(3).double(), torch.zeros(3, 2).double()
+
+    with pytest.raises(errors.HyperparameterError, match="another first batch"):
+        kf.fit_curvature(fn, kf.losses.mse(), params, Moving())
