@@ -231,15 +231,15 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_weight(name: str, weight: Tensor | None) -> None:
-    """Raise HyperparameterError unless an optional weight tensor is floating and, where it can be read, finite and not
-    negative.
+    """Raise HyperparameterError unless an optional weight is a floating tensor and, where it can be read, finite and
+    not negative.
     """
     if weight is None:
         return
-    if not weight.is_floating_point():
-        raise HyperparameterError(
-            explain(f"{name} must be a floating-point tensor.", got=weight.dtype, options=f"{name}.float()")
-        )
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else repr(weight)
+        options = 'a tensor of floats; reduction="..." by its name'
+        raise HyperparameterError(explain(f"{name} must be a floating-point tensor.", got=got, options=options))
     if readable(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
         raise HyperparameterError(
             explain(

@@ -38,6 +38,8 @@ def same_mean(loss: Loss) -> Loss:
         if torch.compiler.is_compiling():
             return
         z, targets = widen(plain(z)), plain(targets)
+        if not bool(z.isfinite().all()):  # which has an error of its own
+            return
         if not first:
             scores = loss.score(z, targets)
             n = int(scores.flatten(1).abs().sum(1).argmax())

@@ -9,7 +9,6 @@ v ↦ J v: neither product runs the model again. Both compose with grad and vmap
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -205,16 +204,24 @@ class _Shifted(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         del types
-        kwargs = kwargs or {}
-        if func not in _NORMS:
+        place, kwargs = _NORMS.get(func), dict(kwargs or {})
+        if place is None:
             return func(*args, **kwargs)
-        bound = inspect.signature(func).bind(*args, **kwargs)
-        x, bias = bound.arguments["input"], bound.arguments.get("bias")
-        if bias is None or bound.arguments.get("weight") is not None:
+        named = dict(zip(("weight", "bias"), args[place : place + 2], strict=False)) | kwargs
+        bias = named.get("bias")
+        if bias is None or named.get("weight") is not None:
             return func(*args, **kwargs)
-        bound.arguments["bias"] = None
-        shift = bias if func is F.layer_norm else bias.reshape(-1, *[1] * (x.ndim - 2))
-        return func(*bound.args, **bound.kwargs) + shift
+        if "bias" in kwargs:
+            kwargs["bias"] = None
+        x = args[0] if args else kwargs["input"]
+        shift = bias if func in (F.layer_norm, torch.layer_norm) else bias.reshape(-1, *[1] * (x.ndim - 2))
+        return (
+            func(*args[: place + 1], *[None for _ in args[place + 1 : place + 2]], *args[place + 2 :], **kwargs) + shift
+        )
 
 
-_NORMS = (F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm)
+_NORMS = {
+    F.layer_norm: 2, F.group_norm: 2, F.batch_norm: 3, F.instance_norm: 3,
+    torch.layer_norm: 2, torch.group_norm: 2, torch.batch_norm: 1, torch.instance_norm: 1,
+}  # fmt: skip
+"""Where their scale is among the arguments; the shift comes after it."""

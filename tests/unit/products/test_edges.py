@@ -123,6 +123,12 @@ SHIFTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "group": lambda x, b: F.group_norm(x, 3, None, b),
     "batch": lambda x, b: F.batch_norm(x, torch.ones(3).double(), torch.ones(3).double(), None, b),
     "instance": lambda x, b: F.instance_norm(x, bias=b),
+    "layer of torch": lambda x, b: torch.layer_norm(x, (3,), bias=b),
+    "group of torch": lambda x, b: torch.group_norm(x, 3, None, b),
+    "batch of torch": lambda x, b: torch.batch_norm(
+        x, None, b, torch.ones(3).double(), torch.ones(3).double(), False, 0.1, 1e-5, False
+    ),
+    "instance of torch": lambda x, b: torch.instance_norm(x, None, b, None, None, True, 0.1, 1e-5, False),
 }
 
 
@@ -130,7 +136,7 @@ SHIFTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_products_through_norms_with_a_shift_alone(name):
     """Whose second derivatives torch leaves the shift out of. The oracle adds it by hand."""
     x, params = randn(6, 3, 3, seed=1), {"b": randn(3, seed=2), "v": randn(3, 9, seed=3)}
-    norm, shape = SHIFTED[name], (3,) if name == "layer" else (3, 1)
+    norm, shape = SHIFTED[name], (3,) if name.startswith("layer") else (3, 1)
 
     def model(normed: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
         return lambda p, x: F.linear(torch.tanh(normed(x, p["b"])).flatten(1), p["v"])
