@@ -64,7 +64,7 @@ class Cut(NamedTuple):
         """The examples at some places, as copies: (n, k) is example n, and for k > 0 another one that is like it."""
 
         def picked(leaf: Tensor, dim: int) -> Tensor:
-            return torch.stack([_varied(leaf.select(dim, n), k) for n, k in places], dim)
+            return _laid_out(torch.stack([_varied(leaf.select(dim, n), k) for n, k in places], dim), leaf)
 
         return self._each(inputs, picked, torch.clone)
 
@@ -78,6 +78,14 @@ class Cut(NamedTuple):
 
         leaves = _tree.leaves(inputs)
         return _tree.with_leaves(inputs, [one(*each) for each in zip(leaves, self.dims, strict=True)])
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """The numbers of x in the order in which `like` has its dimensions in memory (channels last, transposed): a view in
+    the model is then a view, and a copy a copy.
+    """
+    order = sorted(range(x.ndim), key=lambda dim: -like.stride(dim))
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
 
 
 def _varied(x: Tensor, k: int) -> Tensor:

@@ -42,7 +42,7 @@ def same_mean(loss: Loss) -> Loss:
             return
         if not first:
             scores = loss.score(z, targets)
-            n = int(scores.flatten(1).abs().sum(1).argmax())
+            n = int(scores.reshape(len(scores), -1).abs().sum(1).argmax())
             probe = z[n : n + 1].clone(), targets[n : n + 1].clone()
             alone = loss.score(*probe)
             if alone.any():

@@ -147,19 +147,29 @@ def transpose(fn: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], A
     value, pullback, *_ = torch.func.vjp(fn, at)
 
     def pulled(u: Any) -> Any:
-        try:
+        with differentiable():
             return pullback(u)[0]
-        except NotImplementedError as error:
-            raise CaptureError(
-                explain(
-                    "an operation of the model has no second derivative in torch.",
-                    got=str(error).splitlines()[0],
-                    why="J v is the transpose of Jᵀ u, and H v differentiates the gradient",
-                    options="write it with other operations; kf.products.jacobian takes first derivatives alone",
-                )
-            ) from error
 
     return value, pulled
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Raise CaptureError where torch has no derivative of an operation."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError among them
+        if not isinstance(error, NotImplementedError) and "derivative for" not in str(error):
+            raise
+        raise CaptureError(
+            explain(
+                "an operation of the model has no second derivative in torch.",
+                got=str(error).splitlines()[0],
+                why="J v is the transpose of Jᵀ u, H v differentiates the gradient, and a model may hold slopes itself",
+                options="write it with other operations (attention: torch.nn.attention.sdpa_kernel, MATH, around "
+                "the call); kf.products.jacobian takes first derivatives alone",
+            )
+        ) from error
 
 
 def like(params: PyTree, vector: PyTree) -> list[Tensor]:

@@ -24,6 +24,7 @@ from kfac_func.capture import (
     restricted,
     tensor_of,
 )
+from kfac_func.products.linear import differentiable
 
 Rows: TypeAlias = tuple[dict[str, Pairs], dict[str, Layout]]
 """By block name."""
@@ -167,7 +168,8 @@ def looped(fn: Model, only: Sequence[str] | None, cut: Cut) -> Way:
 
         def rows(c: Tensor) -> Rows:
             c = _known(c, z)
-            grads = [[pullback(torch.where(places == n, one, 0.0)) for n in range(len(z))] for one in c]
+            with differentiable():
+                grads = [[pullback(torch.where(places == n, one, 0.0)) for n in range(len(z))] for one in c]
             every = [[torch.stack(leaf) for leaf in zip(*one, strict=True)] for one in grads]
             return _by_leaf(own, [torch.stack(leaf) for leaf in zip(*every, strict=True)])
 

@@ -84,16 +84,16 @@ def test_an_input_written_in_place_is_noticed():
 
 
 IN_PLACE = {
-    "relu": nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
-    "conv relu": nn.Sequential(
+    "relu": lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
+    "conv relu": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 3, 2), nn.ReLU(True), nn.Conv1d(3, 2, 2), nn.Hardtanh(inplace=True)
     ),
 }
 
 
-@pytest.mark.parametrize("module", IN_PLACE.values(), ids=IN_PLACE)
-def test_activations_may_write_in_place(module):
-    fn, params = kf.make_functional(module.double())
+@pytest.mark.parametrize("make", IN_PLACE.values(), ids=IN_PLACE)
+def test_activations_may_write_in_place(make):
+    fn, params = kf.make_functional(make().double())
     step: Any = kf.value_grad_and_stats(fn, kf.losses.mse("batchmean"), estimator=kf.estimators.exact())
     batch = UP, torch.ones_like(fn(params, UP))
     value, grads, stats = step(params, batch)
