@@ -23,7 +23,7 @@ from kfac_func.estimators import Estimator, exact, forward_only, value_grad_and_
 from kfac_func.estimators.statistics import Step
 from kfac_func.estimators.stats import Sharing
 from kfac_func.linalg.gram import Window
-from kfac_func.losses import Loss
+from kfac_func.losses import Loss, checked_loss
 from kfac_func.losses.means import same_mean
 from kfac_func.precondition.averages import factorized, refreshed
 from kfac_func.precondition.batch import Observed
@@ -91,7 +91,7 @@ def fit_curvature(
     own = curvature_of(state)
     if own.scales:
         batches = rereadable(batches, f"{own.name} measures its scalings in a second pass (kronecker() needs one)")
-    loss, source = _by_example(loss, exact() if estimator is None else estimator)
+    loss, source = _by_example(checked_loss(loss), exact() if estimator is None else estimator)
     step = _stepper(fn, loss, params, source, own, sharing=sharing, strict=strict, unclaimed=unclaimed)
 
     def looks(name: str, measure: Measure) -> Iterator[tuple[Observed, Tensor]]:
