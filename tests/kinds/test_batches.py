@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import kfac_func as kf
-from kfac_func._errors import BatchError, HyperparameterError, PlanMismatchError
+from kfac_func._errors import BatchError, PlanMismatchError
 from tests.kinds import truth
 from tests.zoo import close, randn
 
@@ -163,17 +163,3 @@ def test_a_net_that_squeezes_what_it_can(monkeypatch):
     truth.check(monkeypatch, fn, MSE, params, (x, y))
     with pytest.raises(PlanMismatchError, match=r"wanted +\[1, 1\]"):
         kf.value_grad_and_stats(fn, MSE, estimator=kf.estimators.exact())(params, (x[:1], y[:1]))
-
-
-def test_a_mean_over_what_counts_is_refused_where_the_batches_decide():
-    torch.manual_seed(0)
-    fn, params = kf.make_functional(nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 4)).double())
-    y = IDS.remainder(4)
-    y[:2, 1:] = -100  # two short sentences, three long ones
-    cuts = [(IDS[:2], y[:2]), (IDS[2:], y[2:])]
-    mean, total = (kf.losses.cross_entropy(class_dim=-1, reduction=r) for r in ("mean", "batchmean"))
-    with pytest.raises(HyperparameterError, match=r"(?s)cut into batches.*'batchmean'"):
-        kf.fit_curvature(fn, mean, params, cuts)
-    states = [kf.fit_curvature(fn, total, params, data) for data in (cuts, [(IDS, y)])]
-    one, two = (kf.linear_operator(state, params, damping=0.0).to_dense() for state in states)
-    assert close(one, two)
