@@ -148,9 +148,18 @@ ROWS = {
         exact="product",
         short=C.inverse_free("lower_triangular", warm_steps=2),
     ),
-    "inverse_free blocks": Row(C.inverse_free("block_diagonal", block_size=3), rooted, FACTORED),
-    "inverse_free diagonal": Row(C.inverse_free("diagonal"), rooted, FACTORED),
-    "inverse_free adaptive": Row(C.inverse_free(adaptive=True), adaptively_rooted),
+    "inverse_free blocks": Row(
+        C.inverse_free("block_diagonal", block_size=3),
+        rooted,
+        FACTORED,
+        short=C.inverse_free("block_diagonal", block_size=3, warm_steps=2),
+    ),
+    "inverse_free diagonal": Row(
+        C.inverse_free("diagonal"), rooted, FACTORED, short=C.inverse_free("diagonal", warm_steps=2)
+    ),
+    "inverse_free adaptive": Row(
+        C.inverse_free(adaptive=True), adaptively_rooted, short=C.inverse_free(adaptive=True, warm_steps=2)
+    ),
     "block_diagonal": Row(C.block_diagonal(), exact, means=False, exact="always", below="deflation"),
 }
 

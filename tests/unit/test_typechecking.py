@@ -257,3 +257,29 @@ def test_checkers_are_made_once(load, monkeypatch):
         module.linear(k * torch.ones(4, 3))
         module.count(k)
     assert made == ["closure", "closure"]
+
+
+def test_types_alone_are_beartypes(load, monkeypatch):
+    """One checker for all closures of a definition, none where nothing is annotated, and none that is switched off."""
+    made: list[str] = []
+    monkeypatch.setattr(
+        typechecking, "check", lambda fn, check=typechecking.check: made.append(fn.__name__) or check(fn)
+    )
+    module = load()
+    del made[:]
+    closures = [module.collect(prefix) for prefix in "abc"]
+    assert made == ["closure"]
+    for closure in closures:
+        assert closure.__qualname__ == "collect.<locals>.closure"
+        with pytest.raises(TypeCheckError, match=r"checking checked_0\.collect\.<locals>\.closure"):
+            closure("1")
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        assert module.default("text")() == "text"
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+    def free(x, y=1):
+        return x + y
+
+    assert typechecking.jaxtyped(free, typechecker=typechecking.check) is free

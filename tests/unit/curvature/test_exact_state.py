@@ -123,9 +123,9 @@ def test_one_layer_in_half_precision(make):
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, when it imports the compiler
-@windows
+@pytest.mark.parametrize(("window", "backend"), [(1, "eager"), (2, "aot_eager")])
 @makers
-def test_an_update_is_one_graph(make, window):
+def test_an_update_is_one_graph(make, window, backend):
     torch._dynamo.reset()
     case, tx = CASES["conv"], kf.kfac(make(window=window, rule="heuristic"), damping=0.03)
     _, grads, stats = run(case)
@@ -134,5 +134,5 @@ def test_an_update_is_one_graph(make, window):
         return tx.update(grads, state, stats=stats, refresh=True)
 
     _, state = update(tx.init(case.params))
-    found = torch.compile(update, fullgraph=True, backend="aot_eager")(state)
+    found = torch.compile(update, fullgraph=True, backend=backend)(state)
     torch.testing.assert_close(leaves(found), leaves(update(state)), rtol=1e-9, atol=1e-11)
