@@ -15,7 +15,8 @@ from kfac_func._errors import CaptureError, KFacError, explain
 from kfac_func._tracing import version
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture.batched import tensor_of
-from kfac_func.capture.tape import Watch, tap
+from kfac_func.capture.tape import Reached, Watch, tap
+from kfac_func.layers import Found
 
 
 def checked_leaves(params: PyTree) -> dict[str, Tensor]:
@@ -38,20 +39,29 @@ def checked_leaves(params: PyTree) -> dict[str, Tensor]:
 
 
 def discovered(fn: Model, params: PyTree, leaves: dict[str, Tensor], inputs: Any) -> Watch:
-    """The uses of the parameters, in the order of the run.
+    """The uses of the parameters, in the order of the run, and those that a gradient of the outputs comes to.
 
     Runs under the transform and with the taps of a step, so that what the model can see of them is the same. Raises
     CaptureError for a model that `torch.func` can differentiate but the tape cannot follow.
     """
-    zero, seen = torch.zeros(()), []
+    zero, reached, seen = torch.zeros(()), set(), []
 
     def taped(probe: Tensor) -> Tensor:
-        watch = Watch(leaves, lambda _, use: tap(use.output, probe.to(use.output).expand(use.output.shape), True))
+        def at(index: int, use: Found) -> Tensor:
+            tapped = tap(use.output, probe.to(use.output).expand(use.output.shape), True)
+            return Reached.apply(tapped, index, reached).clone()
+
+        watch = Watch(leaves, at)
         seen.append(watch)
         with watch, eagerly():
             return tensor_of(fn(params, inputs))
 
-    followed(lambda: torch.func.vjp(taped, zero), fn, params, inputs)
+    def pulled() -> None:
+        z, pullback, *_ = torch.func.vjp(taped, zero)
+        pullback(torch.ones_like(z))
+
+    followed(pulled, fn, params, inputs)
+    seen[-1].reached |= reached
     return seen[-1]
 
 

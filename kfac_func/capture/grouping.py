@@ -46,20 +46,20 @@ def signature(found: Found) -> tuple:
     return found.kind.name, found.options, found.weight, found.bias, found.order, found.groups, found.outputs
 
 
-def group(uses: list[tuple[Found, Where | None]]) -> list[PlannedBlock]:
-    """Group the uses by weight; a bias joins its weight when it belongs to that weight alone, else it is a block of
-    its own.
+def group(uses: dict[int, tuple[Found, Where | None]]) -> list[PlannedBlock]:
+    """Group the uses, given by the numbers of their taps, by weight; a bias joins its weight when it belongs to that
+    weight alone, else it is a block of its own.
     """
     owners: dict[str, list[int]] = {}
-    for index, (found, _) in enumerate(uses):
+    for index, (found, _) in uses.items():
         if not _alone(found):
             owners.setdefault(owner(found), []).append(index)
     partners: dict[str, set[str | None]] = {}  # of a bias
-    for found, _ in uses:
+    for found, _ in uses.values():
         if found.bias is not None:
             partners.setdefault(found.bias.path, set()).add(None if found.weight is None else found.weight.path)
     blocks, lone = [], {}
-    for index, (found, where) in enumerate(uses):
+    for index, (found, where) in uses.items():
         if _alone(found) and found.bias is not None:
             rule = UseRule(
                 found.kind, found.options, where, found.positions, found.bias.shape[0], part=_own(found.bias)

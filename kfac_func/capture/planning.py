@@ -110,17 +110,20 @@ def _plan(
     chosen: dict[str, Policy],
     found: Located,
 ) -> Plan:
-    """The plan of the uses of all leaves for which no policy was chosen."""
+    """The plan of the uses of all leaves for which no policy was chosen. What no gradient of the outputs comes to (a
+    branch that is detached at its end) is a constant: it is followed, and no use.
+    """
     for use in run.found:  # a bias goes with its weight
         if use.bias is not None and use.weight is not None and use.weight.path in chosen:
             chosen.setdefault(use.bias.path, chosen[use.weight.path])
     taps: list[TapRule] = []
-    uses: list[tuple[Found, Where | None]] = []
-    for use, at, marks in zip(run.found, where, run.written(), strict=True):
+    uses: dict[int, tuple[Found, Where | None]] = {}
+    for index, (use, at, marks) in enumerate(zip(run.found, where, run.written(), strict=True)):
         if owner(use) in chosen or isinstance(at, str):
             continue
         use = use._replace(bias=_unless(use.bias, chosen), positions=_positions(use, at, found))
-        uses.append((use, at))
+        if index in run.reached:
+            uses[len(taps)] = use, at
         taps.append(_tap_rule(use, at, *marks))
     blocks = tuple(group(uses))
     claimed = {path for block in blocks for path in block.layout.leaves}

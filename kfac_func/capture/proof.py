@@ -26,6 +26,7 @@ from kfac_func.blocks import Use, gradients
 from kfac_func.blocks.rows import examples_first
 from kfac_func.capture.discovery import followed, plainly
 from kfac_func.capture.draws import Again
+from kfac_func.capture.locating import same_numbers
 from kfac_func.capture.plan import Plan
 from kfac_func.capture.record import Pulled, Record, record
 
@@ -59,13 +60,21 @@ def proven(fn: Model, plan: Plan, params: PyTree, few: tuple[Any, ...], again: A
 
 
 def _pulled(run: Record, vectors: Tensor) -> tuple[Pulled, bool]:
-    """The gradients for all vectors, and whether a vmap can give them."""
+    """The gradients for both vectors, and whether a vmap can give them: in torch.cdist, say, it gives others, without
+    a word, from the second one on.
+    """
+    one_by_one = run._replace(mapped=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns where its vmap is a loop
-            return run.pulled(vectors), True
+            taps, rest = run.pulled(vectors)
     except (RuntimeError, UserWarning):
-        return run._replace(mapped=False).pulled(vectors), False
+        return one_by_one.pulled(vectors), False
+    second = one_by_one.pulled(vectors[1:])
+    mapped = [g[1:] for g in (*taps, *rest.values())]
+    if all(same_numbers(*each, 2**10) for each in zip(mapped, (*second[0], *second[1].values()), strict=True)):
+        return (taps, rest), True
+    return one_by_one.pulled(vectors), False
 
 
 def _everywhere(plan: Plan, why: str) -> dict[str, list[str]]:

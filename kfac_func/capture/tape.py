@@ -48,6 +48,30 @@ class Tap(torch.autograd.Function):
         return tangents[0].view_as(tangents[0])
 
 
+class Reached(torch.autograd.Function):
+    """(out, index, seen) -> out, whose backward, if there is any, says so: however small the gradient is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, index: int, seen: set[int]) -> Tensor:
+        del index, seen
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.index, ctx.seen = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.seen.add(ctx.index)
+        return grads[0], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
 ADDED = 2**20  # numbers up to which an addition is faster than a function of our own
 
 
@@ -93,6 +117,7 @@ class Watch(TorchFunctionMode):
             )
         self.tap = tap
         self.level = level()
+        self.reached: set[int] = set()  # the uses that gradients of the outputs come to, where somebody asked
         self.found: list[Found] = []
         self.strays: list[Stray] = []
         self.awaiting: dict[Tensor, int] = {}  # results to which a bias may still be added

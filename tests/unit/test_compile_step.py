@@ -67,8 +67,8 @@ def without() -> Any:
 
 CASES = {
     "wide": (wide, X, plain, None, "eager"),
-    "wide, inductor": (wide, X, plain, None, "inductor"),
-    "normed, exact": (normed, X, clipped, kf.estimators.exact(), "aot_eager"),
+    "narrow, inductor": (narrow, X, plain, None, "inductor"),
+    "normed, exact": (normed, X, clipped, kf.estimators.exact(), "eager"),
     "conv, empirical": (conv, MAPS, plain, kf.estimators.empirical(), "aot_eager"),
     "scalings": (narrow, X, scaled, None, "eager"),
     "staggered": (wide, X, staggered, None, "eager"),
