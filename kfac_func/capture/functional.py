@@ -23,8 +23,8 @@ def make_functional(module: nn.Module) -> tuple[Model, dict[str, Tensor]]:
     and are constants of `fn`. Tied parameters appear once. A module that torch.compile wrapped runs as it was written.
 
     Raises CaptureError for a DistributedDataParallel module (`torch.func.grad` through it returns the LOCAL gradient
-    without a word), for a module all of whose parameters are frozen, and, when `fn` is called, for a module that writes
-    into its buffers (batch norm and spectral norm in training mode).
+    without a word), for one that torch.jit scripted or traced, for a module all of whose parameters are frozen, and,
+    when `fn` is called, for a module that writes into its buffers (batch norm and spectral norm in training mode).
 
         >>> fn, params = make_functional(nn.Linear(3, 2))
         >>> sorted(params), fn(params, torch.ones(5, 3)).shape
@@ -39,6 +39,15 @@ def make_functional(module: nn.Module) -> tuple[Model, dict[str, Tensor]]:
             )
         )
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            explain(
+                "the module is scripted or traced.",
+                got=type(module).__name__,
+                why="torch.func cannot put parameters into it, nor the tape see what it does with them",
+                options="pass the module that it was made of; parts of it may be scripted, if they train nothing",
+            )
+        )
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
     params = {name: value.detach().clone() for name, value in trained.items()}
     frozen = {n: value.detach().clone() for n, value in module.named_parameters() if not value.requires_grad}

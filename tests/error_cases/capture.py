@@ -121,6 +121,10 @@ CASES = {
     ),
     "under torch.compile": Case(compiling, CAPTURE, "torch.compile", "the first step outside"),
     "the diagonal where examples mix": Case(mixing, errors.StateError, "'w'", "kronecker()"),
+    "a traced module": Case(
+        lambda: kf.make_functional(torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3))),
+        CAPTURE, "TopLevelTracedModule", "the module that it was made of",
+    ),
     "all parameters frozen": Case(frozen, CAPTURE, "2 parameters", "requires_grad_(True)"),
     "buffer written": Case(written(Counting(True)), CAPTURE, "'seen'", ".eval()"),
     "buffer replaced": Case(written(Counting(False)), CAPTURE, "'seen'", ".eval()"),
