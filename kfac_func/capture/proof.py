@@ -71,8 +71,8 @@ def _pulled(run: Record, vectors: Tensor) -> tuple[Pulled, bool]:
     except (RuntimeError, UserWarning):
         return one_by_one.pulled(vectors), False
     second = one_by_one.pulled(vectors[1:])
-    mapped = [g[1:] for g in (*taps, *rest.values())]
-    if all(same_numbers(*each, 2**10) for each in zip(mapped, (*second[0], *second[1].values()), strict=True)):
+    both = zip((*taps, *rest.values()), (*second[0], *second[1].values()), strict=True)
+    if all(same_numbers(plain(one[1:]), plain(two), 2**10) for one, two in both):
         return (taps, rest), True
     return one_by_one.pulled(vectors), False
 
