@@ -26,7 +26,7 @@ examples: $(VENV)/.installed-demo
 # torch.compile, and the examples of README, docs and docstrings.
 test: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow and not compile and not examples"
-	$(PYTEST) -m "(compile or examples) and not slow"
+	$(PYTEST) -m "(compile or examples) and not slow" $$(grep -rlE "mark\.(compile|examples)" tests)
 
 # Random models against oracles of torch alone (tests/fuzz): half of the cases harmless, half that no tape can see.
 fuzz: $(VENV)/.installed-test

@@ -123,5 +123,5 @@ def eagerly() -> Iterator[None]:
         yield
         return
     compiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with compiled, torch.jit.optimized_execution(False):
+    with compiled, torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
         yield

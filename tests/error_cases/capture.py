@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ CASES = {
     "under torch.compile": Case(compiling, CAPTURE, "torch.compile", "the first step outside"),
     "the diagonal where examples mix": Case(mixing, errors.StateError, "'w'", "kronecker()"),
     "a traced module": Case(
-        lambda: kf.make_functional(torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3))),
+        lambda: kf.make_functional(cast(nn.Module, torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3)))),
         CAPTURE, "TopLevelTracedModule", "the module that it was made of",
     ),
     "all parameters frozen": Case(frozen, CAPTURE, "2 parameters", "requires_grad_(True)"),

@@ -112,7 +112,7 @@ def test_one_layer_in_half_precision(make):
         return torch.tanh(F.linear(h.to(low), p["b"].to(low)).to(x.dtype)) @ p["c"].mT
 
     def solved(fn: Any) -> Any:
-        step = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=kf.estimators.exact())
+        step: Any = kf.value_grad_and_stats(fn, kf.losses.cross_entropy(), estimator=kf.estimators.exact())
         _, grads, stats = step(params, (x, y))
         return kf.precondition(kf.observe(kf.kfac(make(), damping=0.03).init(params), stats), grads)
 
