@@ -13,7 +13,7 @@ from kfac_func import _tree
 from kfac_func._errors import BatchError, explain
 from kfac_func._tracing import plain
 from kfac_func.blocks import Where
-from kfac_func.layers import Found
+from kfac_func.layers import Found, own_sizes
 
 
 class Cut(NamedTuple):
@@ -171,6 +171,12 @@ def where_examples(two: Found, three: Found) -> Where | str | None:
     if two.positions == 0 or three.positions == 0:
         return "on no rows at all of the examples that the plan was made with"
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
+    if two.kind.name in ("scale", "shift"):
+        if not grown:
+            return "of what is the same for all examples: a weight that is changed before a layer reads it"
+        sizes = two.options[0]
+        if sizes[: grown[0]] + sizes[grown[0] + 1 :] != own_sizes(sizes):
+            return "whose examples are not in the first dimension along which it is repeated"
     if len(a) == len(b) and not grown:
         if two.kind.name in ("group_norm", "batch_norm"):
             return "whose input is the same for all examples: its channels and its examples cannot be told apart"

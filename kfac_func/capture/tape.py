@@ -139,13 +139,13 @@ class Watch(TorchFunctionMode):
             return self._inside(func, args, kwargs, tensors)
         if func in layers.expansions and any(tensor in self.known for tensor in tensors):
             return self._expand(func, args, kwargs)
+        if func in _ADDS and self._add_bias(args, kwargs):
+            return func(*args, **kwargs)
         handler = layers.handlers.get(func)
         found = handler(Call(func, args, kwargs, self.ref)) if handler is not None else None
         if found is not None:
             self._touch(tensors, func)
             return self._record(found, tensors, func)
-        if func in _ADDS and self._add_bias(args, kwargs):
-            return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if any(x.is_floating_point() or x.is_complex() for x in _tensors(result)):  # else it has no gradient
             self._touch(tensors, func)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from kfac_func.layers import attention, conv, conv_transpose, einsum, embedding, linear, normalization
+from kfac_func.layers import attention, broadcast, conv, conv_transpose, einsum, embedding, linear, normalization
 from kfac_func.layers.base import Call as Call
 from kfac_func.layers.base import Found as Found
 from kfac_func.layers.base import Handler as Handler
 from kfac_func.layers.base import Ref as Ref
 from kfac_func.layers.base import bias as bias
+from kfac_func.layers.broadcast import own_sizes as own_sizes
 from kfac_func.layers.lone import unstructured as unstructured
 
 handlers: dict[object, Handler] = {
@@ -18,8 +19,14 @@ handlers: dict[object, Handler] = {
     **embedding.handlers,
     **normalization.handlers,
     **einsum.handlers,
+    **broadcast.handlers,
 }
 """The torch functions that a kind recognises."""
 
-expansions: dict[object, Callable[..., Any]] = {**attention.expansions}
+expansions: dict[object, Callable[..., Any]] = {
+    **attention.expansions,
+    **broadcast.expansions,
+    **einsum.expansions,
+    **embedding.expansions,
+}
 """The torch functions with several uses inside: the same function, written in calls that a kind recognises."""

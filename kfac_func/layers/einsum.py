@@ -8,8 +8,10 @@ Every contraction of one weight with one other operand is brought to the dense f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from string import ascii_letters
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,3 +137,17 @@ handlers: dict[object, Handler] = {
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _rmatmul,
 }
+
+
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Tensor:
+    """torch.tensordot as an einsum."""
+    del out
+    ones, twos = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
+    xs, ws = list(ascii_letters[: a.ndim]), list(ascii_letters[a.ndim : a.ndim + b.ndim])
+    for one, two in zip(ones, twos, strict=True):
+        ws[two] = xs[one]
+    summed = {xs[one] for one in ones}
+    return torch.einsum(f"{''.join(xs)},{''.join(ws)}->{''.join(c for c in xs + ws if c not in summed)}", a, b)
+
+
+expansions: dict[object, Callable[..., Tensor]] = {torch.tensordot: tensordot}

@@ -8,6 +8,8 @@ Positions that hold `padding_idx` give no gradient; their rows are zero in A and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,4 +94,71 @@ def _embedding(call: Call) -> Found | None:
     )
 
 
-handlers: dict[object, Handler] = {F.embedding: _embedding}
+def _indexed(call: Call) -> Found | None:
+    """w[tokens], an embedding as it is."""
+    return _chosen(call, *call.args) if len(call.args) == 2 else None
+
+
+def _selected(call: Call) -> Found | None:
+    """index_select(w, 0, tokens)"""
+    weight, dim, tokens = call.bind("input", "dim", "index")
+    return _chosen(call, weight, tokens) if dim == 0 else None
+
+
+def _chosen(call: Call, weight: object, tokens: object) -> Found | None:
+    ref = call.ref(weight)
+    if ref is None or ref.part or ref.order != (0, 1) or not isinstance(tokens, Tensor) or tokens.ndim == 0:
+        return None
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.numel() == 0:
+        return None
+    out = call.run()
+    return Found(
+        kind=embedding,
+        options=(ref.shape[0], None, out.dtype),
+        weight=ref,
+        bias=None,
+        inputs=tokens.long() % ref.shape[0],
+        output=out,
+        positions=tokens.numel(),
+        order=(1, 0),
+        outputs=out.shape[-1],
+    )
+
+
+handlers: dict[object, Handler] = {
+    F.embedding: _embedding,
+    Tensor.__getitem__: _indexed,
+    **dict.fromkeys((Tensor.index_select, torch.index_select), _selected),
+}
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """F.embedding_bag as an embedding, and what is done with its rows [N, L, d], or [R, d] with offsets of the bags."""
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    counted = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    if offsets is not None:
+        starts = F.pad(counted.cumsum(0), (1, 0))[offsets]
+        numbers = torch.arange(len(rows), device=rows.device)[counted]
+        return F.embedding_bag(numbers, rows, starts, mode=mode, include_last_offset=include_last_offset)
+    counted = counted.unsqueeze(-1)
+    if mode == "max":
+        return torch.where(counted.any(1), rows.masked_fill(~counted, -torch.inf).amax(1), 0.0)
+    total = torch.where(counted, rows, 0.0).sum(1)
+    return total / counted.sum(1).clamp(min=1) if mode == "mean" else total
+
+
+expansions: dict[object, Callable[..., Tensor]] = {F.embedding_bag: embedding_bag}

@@ -196,4 +196,6 @@ REGIMES: dict[str, Callable[[], Regime]] = {
     "rms_norm": _layer(lambda x, w: F.rms_norm(x, (3,), w), _randn(4, 2, 3), weight=(3,)),
     "group_norm": _layer(lambda x, *p: F.group_norm(x, 2, *p), _randn(4, 6, 2), weight=(6,), bias=(6,)),
     "batch_norm": _layer(_batch_norm, _randn(4, 3, 2), weight=(3,), bias=(3,)),
+    "scale": _layer(lambda x, w: x * w, _randn(4, 2, 3), weight=(3,)),
+    "shift": _layer(lambda x, w: torch.tanh(x) + w, _randn(4, 2, 3), weight=(2, 3)),
 }

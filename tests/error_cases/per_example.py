@@ -22,7 +22,7 @@ HYPER, CAPTURE = errors.HyperparameterError, errors.CaptureError
 
 
 def gated(p: Any, x: Tensor) -> Tensor:
-    return F.linear(x, p["w"]) * p["gain"]
+    return F.linear(x, p["w"]) * p["gain"].exp()
 
 
 def placed(p: Any, x: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ def test_missing_gradients_stay_missing():
 
 def test_leaves_without_curvature_pass():
     def fn(p: dict, x: Tensor) -> Tensor:
-        return FN({name: p[name] for name in PARAMS}, x) * p["scale"]
+        return FN({name: p[name] for name in PARAMS}, x) * p["scale"].exp()
 
     params = PARAMS | {"scale": torch.ones(2, dtype=torch.float64), "idle": torch.ones(1)}
     step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact(), unclaimed="identity")

@@ -25,11 +25,11 @@ def position_case() -> Case:
 
 
 def _gated(p: dict, x: Tensor) -> Tensor:
-    return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])) * p["gain"], p["head"])
+    return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])) * p["gain"].exp(), p["head"])
 
 
 def unclaimed_case() -> Case:
-    """A gain that multiplies the hidden layer, N = 3."""
+    """A gain, by its logarithm, that multiplies the hidden layer, N = 3."""
     params = weights({"w": (6, 4), "b": (6,), "gain": (6,), "head": (2, 6)})
     blocks = {"w": Spec("w", "b"), "gain": Spec("gain", form="vector"), "head": Spec("head")}
     data, loss = (randn(3, 4, seed=9), labels(2, 3)), kf.losses.cross_entropy()

@@ -30,7 +30,7 @@ def leaves_of(plan: kf.Plan) -> dict[str, tuple[str, ...]]:
 
 
 def used(p: dict, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, p["w"], p["b"]) * p["scale"]
+    return F.linear(x, p["w"], p["b"]) * p["scale"].exp()
 
 
 USED = {"w": W, "b": B, "scale": torch.ones(3), "idle": torch.ones(2)}
@@ -124,11 +124,6 @@ def twice(p: dict, x: torch.Tensor) -> torch.Tensor:
     return (y + p["b"]) * y
 
 
-def before(p: dict, x: torch.Tensor) -> torch.Tensor:
-    y = x @ p["w"]
-    return y.sin() * (y + p["b"])
-
-
 RAW = {"w": W, "b": B}
 NORMED = kf.make_functional(weight_norm(nn.Linear(3, 2)))
 UNSEEN = {
@@ -136,9 +131,6 @@ UNSEEN = {
     "weight norm": (*NORMED, X, "parametrizations.weight.original1", "weight_norm"),
     "regulariser": (*kf.make_functional(Penalised(3, 2)), X, "weight", "square"),
     "result used beside the bias": (twice, RAW, X, "b", "add, beside mul"),
-    "result used before the bias": (before, RAW, X, "b", "add"),
-    "bias subtracted": (lambda p, x: x @ p["w"] - p["b"], RAW, X, "b", "sub"),
-    "scaled bias": (lambda p, x: torch.add(x @ p["w"], p["b"], alpha=2), RAW, X, "b", "add"),
     "bias in place": (lambda p, x: (x @ p["w"]).add_(p["b"]), RAW, X, "b", "add"),
     "rows of it": (lambda p, x: F.linear(x, p["w"][::2]), {"w": W}, X, "w", "getitem"),
     "input of a layer": (lambda p, x: x * F.linear(p["v"], p["w"]).sum(), {"w": W, "v": W + 0}, X, "v", "linear"),

@@ -151,7 +151,7 @@ def test_prior_precisions_by_pattern_reach_their_blocks():
 
 def scaled(p: dict[str, Tensor], x: Tensor) -> Tensor:
     """The gate is used where no layer kind can see it."""
-    return torch.tanh(F.linear(x, p["w"], p["b"]) * p["gate"])
+    return torch.tanh(F.linear(x, p["w"], p["b"]) * p["gate"].exp())
 
 
 def test_what_the_tape_refuses_goes_by_the_other_route():

@@ -47,8 +47,6 @@ class Recurrent(nn.Module):
 
 MODULES = {
     "bilinear": (nn.Bilinear(3, 3, 2), (X, X)),
-    "prelu": (nn.PReLU(), X),
-    "embedding_bag": (nn.EmbeddingBag(5, 3), TOKENS),
     "instance_norm": (nn.InstanceNorm1d(3, affine=True), X[..., None].expand(4, 3, 2)),
     "rnn_tanh": (Recurrent(), X[:, None]),
 }
@@ -93,11 +91,15 @@ def test_calls_that_are_no_plain_contraction(fn):
 BIASES = {
     "addmm, a row": (lambda p, x: torch.addmm(p["b"], x, p["w"]), B[None]),
     "addmm, scaled": (lambda p, x: torch.addmm(p["b"], x, p["w"], beta=2), B),
+}
+SHIFTS = {
     "broadcast": (lambda p, x: x @ p["w"] + p["b"], B[:1]),
     "a row": (lambda p, x: x @ p["w"] + p["b"], B[None]),
-    "to a vector": (lambda p, x: x @ p["w"][0] + p["b"], B[0]),
     "after a view": (lambda p, x: (x @ p["w"]).unsqueeze(1) + p["b"], B),
     "after another bias": (lambda p, x: F.linear(x, p["w"], torch.ones(3)).neg() + p["b"], B),
+    "subtracted": (lambda p, x: x @ p["w"] - p["b"], B),
+    "scaled": (lambda p, x: torch.add(x @ p["w"], p["b"], alpha=2), B),
+    "beside another use of the result": (lambda p, x: (y := x @ p["w"]).sin() * (y + p["b"]), B),
 }
 
 
@@ -106,6 +108,18 @@ def test_biases_of_another_form_are_not_taken_for_one(fn, b):
     params = {"w": W, "b": b}
     with pytest.raises(UncapturedParameterError, match="'b'"):
         kf.make_plan(fn, params, X)
+
+
+@pytest.mark.parametrize(("fn", "b"), SHIFTS.values(), ids=SHIFTS)
+def test_what_is_no_bias_of_a_layer_is_a_shift(fn, b):
+    params = {"w": W, "b": b}
+    plan = kf.make_plan(fn, params, X)
+    assert {block.layout.leaves for block in plan.blocks} == {("w",), ("b",)}
+    assert plan.blocks[-1].layout.kind == "shift"
+    step: Any = kf.value_grad_and_stats(fn, kf.losses.mse(), estimator=kf.estimators.exact())
+    _, grads, _ = step(params, (X, torch.zeros_like(fn(params, X))))
+    wanted = torch.func.grad(lambda p: fn(p, X).square().mean())(params)
+    torch.testing.assert_close(grads, wanted)
 
 
 def test_a_weight_used_without_examples_is_shared():

@@ -66,10 +66,10 @@ class Dropped(nn.Module):
     def __init__(self, gain: bool):
         super().__init__()
         self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.gain = nn.Parameter(torch.tensor(1.3)) if gain else 1.0
+        self.gain = nn.Parameter(torch.tensor(1.3)) if gain else torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.gain * F.dropout(torch.tanh(self.body(x)), 0.5, self.training))
+        return self.head(self.gain.exp() * F.dropout(torch.tanh(self.body(x)), 0.5, self.training))
 
 
 class Pooled(nn.Module):
@@ -81,7 +81,7 @@ class Pooled(nn.Module):
         self.gain = nn.Parameter(torch.tensor(1.3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.gain * torch.tanh(self.conv(x)).mean((2, 3), keepdim=True).squeeze())
+        return self.head(self.gain.exp() * torch.tanh(self.conv(x)).mean((2, 3), keepdim=True).squeeze())
 
 
 class Old(torch.autograd.Function):

@@ -48,7 +48,7 @@ def test_an_order_that_only_this_batch_has():
 
 
 def test_what_the_plan_refuses():
-    fn: Any = lambda p, x: F.linear(x, p["w"]) * p["gain"]  # noqa: E731
+    fn: Any = lambda p, x: F.linear(x, p["w"]) * p["gain"].exp()  # noqa: E731
     params = PARAMS | {"gain": torch.ones(3)}
     with pytest.raises(kf.errors.UncapturedParameterError, match="'gain'"):
         kf.testing.assert_captured(fn, params, X)

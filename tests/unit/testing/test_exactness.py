@@ -12,7 +12,7 @@ from torch import nn
 import kfac_func as kf
 from kfac_func.blocks import Diagonal, densify, kronecker_state
 from kfac_func.curvature import Structure
-from kfac_func.layers import conv, conv_transpose, embedding, handlers, normalization
+from kfac_func.layers import broadcast, conv, conv_transpose, embedding, handlers, normalization
 from kfac_func.layers.base import dense
 from kfac_func.linalg import kron
 from kfac_func.testing import assert_exact, regime, regimes
@@ -22,7 +22,7 @@ from tests.zoo import close, randn
 C = kf.curvature
 PRODUCT = ("deep_linear", "expand", "one_datum", "constant_inputs", "constant_gradients", "reduce_mean")
 LAYERS = tuple(name for name in regimes() if name not in (*PRODUCT, "any"))
-NORMS = tuple(name for name in LAYERS if name.endswith("_norm"))
+NORMS = (*(name for name in LAYERS if name.endswith("_norm")), "scale", "shift")
 EXACT = {name: row for name, row in ROWS.items() if row.exact}
 
 
@@ -259,7 +259,9 @@ def kinds_of(name):
 def test_every_layer_kind_has_a_regime():
     known = {re.sub(r"\dd$", "", getattr(call, "__name__", "")) for call in handlers}  # conv2d is a use of kind conv
     products = {"addmm", "matmul", "mm", "__matmul__", "__rmatmul__"}  # uses of kind einsum
-    assert set().union(*(kinds_of(name) for name in LAYERS)) == known - products
+    by_hand = {getattr(call, "__name__", "") for call in broadcast.handlers}  # uses of kinds scale and shift
+    rows = {"__getitem__", "index_select"}  # uses of kind embedding
+    assert set().union(*(kinds_of(name) for name in LAYERS)) == (known - products - by_hand - rows) | {"scale", "shift"}
 
 
 def test_the_truth_of_the_regimes():
