@@ -165,6 +165,15 @@ def check_examples(outputs: Tensor, count: int) -> None:
         )
 
 
+CHANGED = "of what is the same for all examples: a weight that is changed before a layer reads it"
+
+
+def repeated(found: Found, dim: int) -> bool:
+    """Whether a scale or a shift is repeated along a dimension, and along none before it that could be meant."""
+    sizes = found.options[0]
+    return sizes[dim] == 1 and sizes[:dim] + sizes[dim + 1 :] == own_sizes(sizes)
+
+
 def where_examples(two: Found, three: Found) -> Where | str | None:
     """Where the examples are in the output of a use, None for a use without them; or in words why they are nowhere."""
     a, b = two.output.shape, three.output.shape
@@ -173,9 +182,8 @@ def where_examples(two: Found, three: Found) -> Where | str | None:
     grown = [d for d in range(len(a)) if len(a) == len(b) and a[d] != b[d]]
     if two.kind.name in ("scale", "shift"):
         if not grown:
-            return "of what is the same for all examples: a weight that is changed before a layer reads it"
-        sizes = two.options[0]
-        if sizes[: grown[0]] + sizes[grown[0] + 1 :] != own_sizes(sizes):
+            return CHANGED
+        if not repeated(two, grown[0]):
             return "whose examples are not in the first dimension along which it is repeated"
     if len(a) == len(b) and not grown:
         if two.kind.name in ("group_norm", "batch_norm"):

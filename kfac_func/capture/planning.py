@@ -18,7 +18,7 @@ from kfac_func.blocks import Where
 from kfac_func.capture.coverage import Policy, Unclaimed, check_policies, choose
 from kfac_func.capture.discovery import checked_leaves, discovered, eagerly
 from kfac_func.capture.draws import same_draws
-from kfac_func.capture.examples import where_examples
+from kfac_func.capture.examples import CHANGED, repeated, where_examples
 from kfac_func.capture.grouping import group, owner, signature
 from kfac_func.capture.locating import Located, located
 from kfac_func.capture.plan import Plan, TapRule
@@ -89,7 +89,11 @@ def make_plan(
 def _where(two: Found, three: Found, found: Located) -> Where | str | None:
     if not found.cut.whole:
         return where_examples(two, three)
-    return Where(0, 1) if two.output.ndim and two.output.shape[0] == found.examples else None
+    if not two.output.ndim or two.output.shape[0] != found.examples:
+        return CHANGED if two.kind.name in ("scale", "shift") else None
+    if two.kind.name in ("scale", "shift") and not repeated(two, 0):
+        return CHANGED
+    return Where(0, 1)
 
 
 def _same_uses(one: Watch, two: Watch) -> None:

@@ -147,3 +147,12 @@ def test_half_precision_is_summed_in_float32():
     found = kf.products.fisher_diagonal(fn, LOSS, route="tape")(low, (x.bfloat16(), Y))
     wanted = kf.products.fisher_diagonal(fn, LOSS, route="tape")(params, (x, Y))
     assert close(found["w"].double(), wanted["w"], 0.05)
+
+
+def test_a_batch_that_is_one_thing_has_its_examples_in_dimension_0():
+    """As many rows as the weight has: still no layer."""
+    fn = kf.batched(lambda p, x: x @ (p["w"] - 0.1 * torch.ones(4, 1)), whole=True)
+    with pytest.raises(errors.UncapturedParameterError, match="before a layer reads it"):
+        kf.make_plan(fn, {"w": randn(4, 1)}, randn(4, 4))
+    scaled = kf.batched(lambda p, x: x * p["w"], whole=True)
+    assert not kf.make_plan(scaled, {"w": randn(3)}, randn(4, 3)).unclaimed
