@@ -23,7 +23,7 @@ def explain(what: str, **lines: object) -> str:
       options  pass 0 or more
     """
     shown = {name: text for name, text in lines.items() if text is not None}
-    width = max((len(name) for name in shown), default=0) + 2
+    width = max([0, *map(len, shown)]) + 2
     return "\n".join([what, *(f"  {name:<{width}}{text}" for name, text in shown.items())])
 
 

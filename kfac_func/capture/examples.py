@@ -60,11 +60,11 @@ class Cut(NamedTuple):
             inputs, lambda leaf, dim: leaf.index_select(dim, torch.tensor(order, device=leaf.device)), None
         )
 
-    def pick(self, inputs: Any, places: Sequence[tuple[int, int]]) -> Any:
+    def pick(self, inputs: Any, places: Sequence[tuple[int, int]], moved: bool = True) -> Any:
         """The examples at some places, as copies: (n, k) is example n, and for k > 0 another one that is like it."""
 
         def picked(leaf: Tensor, dim: int) -> Tensor:
-            return _laid_out(torch.stack([_varied(leaf.select(dim, n), k) for n, k in places], dim), leaf)
+            return _laid_out(torch.stack([_varied(leaf.select(dim, n), k, moved) for n, k in places], dim), leaf)
 
         return self._each(inputs, picked, torch.clone)
 
@@ -88,12 +88,17 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
 
 
-def _varied(x: Tensor, k: int) -> Tensor:
-    """Another example in the range of this one: its entries moved on by k places, floating ones a little smaller."""
+def _varied(x: Tensor, k: int, moved: bool) -> Tensor:
+    """Another example in the range of this one: its entries moved on by k places, floating ones a little smaller; or
+    every entry smaller in its own place, where columns have ranges of their own (codes).
+    """
     if k == 0:
         return x
-    moved = x.flatten().roll(k).reshape(x.shape)
-    return moved * (1 - k / 16) if x.is_floating_point() else moved
+    if moved:
+        x = x.flatten().roll(k).reshape(x.shape)
+    if x.is_floating_point():
+        return x * (1 - k / 16)
+    return x if moved or x.dtype == torch.bool else x // (k + 1)
 
 
 class Drawn(NamedTuple):
@@ -104,7 +109,7 @@ class Drawn(NamedTuple):
     other: Any
 
 
-def drawn(cut: Cut, inputs: Any) -> Drawn:
+def drawn(cut: Cut, inputs: Any, moved: bool = True) -> Drawn:
     """The examples that plans are made with. They are never in the order of the batch, nor sorted by anything in both
     `two` and `three`: what a model does with the order of its examples shows.
     """
@@ -121,7 +126,7 @@ def drawn(cut: Cut, inputs: Any) -> Drawn:
         places = [(low, 0), (middle, 0), (high, 0), (low, 1) if rest is None else (rest, 0)]
     low, middle, high, other = places
     taken = (low, middle), (middle, low, high), (middle, low, other)
-    return Drawn(*(cut.pick(inputs, each) for each in taken))
+    return Drawn(*(cut.pick(inputs, each, moved) for each in taken))
 
 
 def _spread(cut: Cut, inputs: Any, count: int) -> tuple[int, int, int]:

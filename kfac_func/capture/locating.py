@@ -57,6 +57,8 @@ def located(fn: Model, params: PyTree, inputs: Any, again: Again) -> Located:
     mixed, failure = None, None
     for cut in _ways(rules, inputs, leaves):
         found = _tried(cut, inputs, run)
+        if isinstance(found, Exception):
+            found = _tried(cut, inputs, run, moved=False)
         if isinstance(found, Located) and found.apart:
             return found
         if isinstance(found, Located):
@@ -115,11 +117,11 @@ def _ways(rules: Batched, inputs: Any, leaves: list[_tree.Leaf]) -> Iterator[Cut
                 yield Cut(tuple(0 if k in some else None for k in range(len(leaves))))
 
 
-def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any]) -> Located | Exception | str:
+def _tried(cut: Cut, inputs: Any, run: Callable[[Any], Any], moved: bool = True) -> Located | Exception | str:
     """The cut with what the model says of it; or why it is none."""
     if cut.whole:
         return "no leaf of the inputs is cut"
-    some = drawn(cut, inputs)
+    some = drawn(cut, inputs, moved)
     try:
         turned = cut.take(some.three, (2, 1, 0))
         three, other, two, back = (plain(tensor_of(run(x))) for x in (some.three, some.other, some.two, turned))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from kfac_func import _tree
-from kfac_func._tracing import autocasting
+from kfac_func._tracing import autocasting, plain
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture.coverage import Unclaimed
 from kfac_func.capture.draws import same_draws
@@ -75,7 +76,9 @@ def _once(make: Callable[[PyTree, Any], T]) -> Callable[[PyTree, Any], T]:
             if key == _kept(one.cut, inputs):
                 return one
         made = make(params, inputs)
-        known.setdefault(own, []).append((_kept(made.cut, inputs), made))
+        plans = known.setdefault(own, [])
+        plans.append((_kept(made.cut, inputs), made))
+        del plans[:-KEPT]
         return made
 
     return found
@@ -86,8 +89,25 @@ def _parameters(params: PyTree) -> Any:
     return autocasting(), tuple((path, tuple(x.shape), x.dtype, x.device) for path, x in leaves.items())
 
 
+KEPT = 32  # signatures of one set of parameters whose plans are kept
+
+
+class _Numbers:
+    """The numbers of a tensor as a key: of edges, which say how the examples of a whole batch see each other."""
+
+    def __init__(self, x: Tensor):
+        self.numbers = plain(x).clone()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Numbers) and torch.equal(self.numbers, other.numbers)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
 def _kept(cut: Cut, inputs: Any) -> Any:
-    """What does not depend on the number of examples; None for inputs that cannot be cut like this."""
+    """What does not depend on the number of examples; None for inputs that cannot be cut like this. Of a whole batch
+    also the integers.
+    """
     leaves = _tree.leaves(inputs)
     if len(leaves) != len(cut.dims):
         return None
@@ -99,7 +119,8 @@ def _kept(cut: Cut, inputs: Any) -> Any:
         shape = list(leaf.shape)
         if dim is not None:
             counts.add(shape.pop(dim) if dim < leaf.ndim else -1)
-        return tuple(shape), leaf.dtype, leaf.device
+        routes = cut.whole and not leaf.is_floating_point() and not leaf.is_complex()
+        return tuple(shape), leaf.dtype, leaf.device, _Numbers(leaf) if routes else None
 
     key = tuple(of(*each) for each in zip(leaves, cut.dims, strict=True))
     return key if len(counts) <= 1 else None

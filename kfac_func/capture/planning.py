@@ -67,7 +67,12 @@ def make_plan(
         found = located(fn, params, inputs, again)
         few = found.drawn[:1] if found.cut.whole else found.drawn[:2]
         runs = [again(lambda x=x: discovered(fn, params, leaves, x)) for x in few]
-        _same_uses(runs[0], runs[-1])
+        if not _same_uses(*runs):  # by what was named they may differ: experts that nobody takes
+            named = choose(tuple(leaves), {}, policies, strict)
+            watched = {path: leaf for path, leaf in leaves.items() if path not in named}
+            runs = [again(lambda x=x: discovered(fn, params, watched, x)) for x in few]
+        if not _same_uses(*runs):
+            raise CaptureError(_others())
         known, where = (
             runs[0].uncaptured(),
             [_where(*each, found) for each in zip(runs[0].found, runs[-1].found, strict=True)],
@@ -96,15 +101,18 @@ def _where(two: Found, three: Found, found: Located) -> Where | str | None:
     return Where(0, 1)
 
 
-def _same_uses(one: Watch, two: Watch) -> None:
-    if [(f.kind, f.weight, f.bias) for f in one.found] != [(f.kind, f.weight, f.bias) for f in two.found]:
-        raise CaptureError(
-            explain(
-                "the model uses other parameters for two examples than for three.",
-                why="what is recorded must not depend on the batch",
-                options="make the control flow independent of the batch; or kf.batched(fn, whole=True)",
-            )
-        )
+def _same_uses(one: Watch, *more: Watch) -> bool:
+    uses = [[(f.kind, f.weight, f.bias) for f in watch.found] for watch in (one, *more)]
+    return uses[0] == uses[-1]
+
+
+def _others() -> str:
+    return explain(
+        "the model uses other parameters for two examples than for three.",
+        why="what is recorded must not depend on the batch",
+        options="make the control flow independent of the batch; or unclaimed={'…': 'diagonal'} for all that values "
+        "choose among; or kf.batched(fn, whole=True)",
+    )
 
 
 def _plan(

@@ -21,7 +21,7 @@ from kfac_func._tracing import without_autocast
 from kfac_func._typing import Model, PyTree
 from kfac_func.capture import as_pair, finder, tensor_of
 from kfac_func.losses import Loss, example_weight
-from kfac_func.products.linear import careful
+from kfac_func.products.linear import careful, linearize
 from kfac_func.transforms.masks import Mask, selected
 
 
@@ -192,7 +192,7 @@ def _dots(trees: Sequence[list[Tensor]], paths: list[str], weights: Any) -> Floa
 
 
 def _pushed(fn: Model, params: PyTree, inputs: Any, vs: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """z and J v for every direction [K, N, *out]."""
+    """z and J v for every direction [K, N, *out]: forwards, or backwards twice where torch cannot."""
 
     def outputs(leaves: list[Tensor]) -> Tensor:
         return tensor_of(fn(_tree.with_leaves(params, leaves), inputs))
@@ -204,7 +204,11 @@ def _pushed(fn: Model, params: PyTree, inputs: Any, vs: list[list[Tensor]]) -> t
 
     leaves = _tree.leaves(params)
     with contextlib.nullcontext() if torch.compiler.is_compiling() else sdpa_kernel(SDPBackend.MATH):
-        runs = [pushed(v) for v in vs]
+        try:
+            runs = [pushed(v) for v in vs]
+        except NotImplementedError:
+            at = linearize(fn, params, inputs)
+            return at.outputs, torch.stack([at.push(_tree.with_leaves(params, v)) for v in vs])
     return runs[0][0], torch.stack([dz for _, dz in runs])
 
 

@@ -27,10 +27,12 @@ def _parse(equation: str, dims: tuple[int, int]) -> tuple[str, str, str] | None:
     if not arrow or len(terms) != 2:
         return None
     free = [c for c in ascii_letters if c not in equation]
-    extra = max((n - len(t.replace("...", "")) for t, n in zip(terms, dims, strict=True) if "..." in t), default=0)
+    extra = max([0, *[n - len(t.replace("...", "")) for t, n in zip(terms, dims, strict=True) if "..." in t]])
     names = "".join(free[:extra])
-    for k, (term, n) in enumerate(zip(terms, dims, strict=True)):
-        terms[k] = term.replace("...", names[extra - (n - len(term) + 3) :] if n > len(term) - 3 else "")
+    terms = [
+        term.replace("...", names[extra - (n - len(term) + 3) :] if n > len(term) - 3 else "")
+        for term, n in zip(terms, dims, strict=True)
+    ]
     return terms[0], terms[1], right.replace("...", names)
 
 
@@ -49,7 +51,7 @@ def _contract(call: Call, x: Tensor, ref: Ref, xs: str, ws: str, out: str) -> Fo
     size = dict(zip(xs, x.shape, strict=True)) | dict(zip(ws, (ref.size[d] for d in ref.order), strict=True))
     if any(size[c] != n for c, n in zip(xs, x.shape, strict=True)):
         return None  # broadcast against a dimension of size 1
-    groups = prod(size[c] for c in q)
+    groups = prod([size[c] for c in q])
     lead = [*(size[c] for c in s), *([groups] if groups > 1 else [])]
     result = call.run()
     there = [out.index(c) for c in (*s, *q, *o)]
@@ -61,12 +63,12 @@ def _contract(call: Call, x: Tensor, ref: Ref, xs: str, ws: str, out: str) -> Fo
         options=(groups > 1,),
         weight=ref,
         bias=None,
-        inputs=x.permute([xs.index(c) for c in (*s, *q, *i)]).reshape(*lead, prod(size[c] for c in i)),
-        output=result.permute(there).reshape(*lead, prod(size[c] for c in o)),
-        positions=prod(size[c] for c in s),
+        inputs=x.permute([xs.index(c) for c in (*s, *q, *i)]).reshape(*lead, prod([size[c] for c in i])),
+        output=result.permute(there).reshape(*lead, prod([size[c] for c in o])),
+        positions=prod([size[c] for c in s]),
         order=tuple(ref.order[ws.index(c)] for c in (*q, *o, *i)),
         groups=groups,
-        outputs=ref.shape[ref.order[ws.index(o[0])]] if ref.part else prod(size[c] for c in o),
+        outputs=ref.shape[ref.order[ws.index(o[0])]] if ref.part else prod([size[c] for c in o]),
         part=Part(*(ref.place(ref.order[ws.index(c)]) for c in (*o, *i))) if ref.part else Part(),
         restore=lambda y: y.reshape(form).permute(back),
         bias_shape=tuple(size[c] for c in o) if trailing and o else None,

@@ -181,6 +181,8 @@ def gram(rows: Pairs, other: Pairs | None = None) -> Tensor:
     sides, (o, i) = (rows, other), (rows.left.shape[-1], rows.right.shape[-1])
     lefts, rights = ([x.shape[:3].numel() for x in parts] for parts in zip(*sides, strict=True))  # V · B · S
     columns = [side.left.shape[:2].numel() for side in sides]
+    if not all(x.numel() for side in sides for x in side):  # a layer without inputs or without outputs
+        return rows.left.new_zeros(columns)
     by_rows = prod(rights) * i + prod(lefts) * (o + 1)
     by_matrices = (lefts[0] if other is rows else sum(lefts)) * o * i + prod(columns) * o * i
     return (_by_rows if by_rows <= by_matrices else _by_matrices)(*sides).reshape(columns)

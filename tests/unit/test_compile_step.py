@@ -32,6 +32,17 @@ def wide() -> nn.Module:  # wider than the batch is long: solved by rows
     return nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+class Contracted(nn.Module):
+    """Raw weights in products that are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,io->...o", torch.tanh(x @ self.one), self.two)
+
+
 def narrow() -> nn.Module:
     return nn.Linear(9, 3)
 
@@ -71,6 +82,7 @@ CASES = {
     "normed, exact": (normed, X, clipped, kf.estimators.exact(), "eager"),
     "conv, empirical": (conv, MAPS, plain, kf.estimators.empirical(), "aot_eager"),
     "scalings": (narrow, X, scaled, None, "eager"),
+    "contracted": (Contracted, X, plain, None, "eager"),
     "staggered": (wide, X, staggered, None, "eager"),
     "no curvature": (wide, X, without, None, "eager"),
 }
