@@ -95,11 +95,13 @@ def test_batches_that_are_objects_are_let_go():
     fn = kf.batched(lambda p, data: data.x @ p["w"], whole=True)
     step: Any = kf.value_grad_and_stats(fn, kf.losses.mse())
     params, alive = {"w": randn(3, 2)}, []
-    for seed in range(40):
-        data = Data(randn(4, 3, seed=seed))
+
+    def taken(data: Data) -> None:
         alive.append(weakref.ref(data))
         step(params, (data, torch.zeros(4, 2).double()), generator=truth.seeded())
-    del data
+
+    for seed in range(40):
+        taken(Data(randn(4, 3, seed=seed)))
     gc.collect()
     assert sum(one() is not None for one in alive) <= 32
 
