@@ -132,7 +132,7 @@ def chunks(rows: Pairs, numbers: int | None = None) -> Iterator[Pairs]:
     """
     left, right = rows
     each = left.shape[0] * (left.shape[3:].numel() * right.shape[-1] if numbers is None else numbers)
-    size = max(1, BUDGET // each)
+    size = max(1, BUDGET // max(each, 1))
     if size >= left.shape[1]:
         yield rows
         return

@@ -149,3 +149,25 @@ def test_products_through_norms_with_a_shift_alone(name):
     hessian = torch.func.jvp(slope, (params,), (v,))[1]
     found = P.hvp(one, LOSS)(params, (x, Y))(v)
     assert all(close(found[path], hessian[path]) for path in params)
+
+
+@pytest.mark.parametrize(("z", "cut"), [((0, 5), 5), ((3, 0), 0)], ids=["no outputs", "no inputs"])
+def test_layers_without_numbers_add_nothing(z, cut):
+    """[0, i] and [o, 0]: kernels, Gram matrices and influence are those of the model without them."""
+
+    def fn(p: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, p["w"]) + F.linear(x[:, :cut], p["z"]).sum(1, keepdim=True)
+        return F.linear(torch.tanh(h), p["v"])
+
+    params = {"w": randn(3, 5), "v": randn(3, 3, seed=1), "z": randn(*z)}
+    x, y = randn(4, 5, seed=2), torch.tensor([0, 1, 2, 1])
+    plain: Any = lambda p, x: F.linear(torch.tanh(F.linear(x, p["w"])), p["v"])  # noqa: E731
+    own, loss = {path: params[path] for path in ("w", "v")}, kf.losses.cross_entropy()
+    for route in ("tape", "vmap", "loop"):
+        assert close(P.empirical_ntk(fn, route=route)(params, x), P.empirical_ntk(plain)(own, x))
+        assert close(
+            P.per_example_gram(fn, loss, route=route)(params, (x, y)), P.per_example_gram(plain, loss)(own, (x, y))
+        )
+    states = [kf.fit_curvature(f, loss, p, [(x, y)]) for f, p in ((fn, params), (plain, own))]
+    found = kf.influence.scores(fn, loss, params, states[0], [(x, y)], [(x, y)], damping=0.1, route="vmap")
+    assert close(found, kf.influence.scores(plain, loss, own, states[1], [(x, y)], [(x, y)], damping=0.1))
